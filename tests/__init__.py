@@ -1,0 +1,1 @@
+"""The tests; they mirror `moejax/` one to one, by path."""

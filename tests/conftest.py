@@ -1,0 +1,92 @@
+"""How every test runs: eight simulated CPU devices, strict ranks, checked shapes, and the reference data.
+
+This file is loaded before any test imports jax, which reads these settings once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+_DEVICE_FLAG = "--xla_force_host_platform_device_count"
+# What a test run sets for itself and no command started by a test may inherit: users have one CPU device.
+_USER_XLA_FLAGS = os.environ.get("XLA_FLAGS")
+
+if _DEVICE_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICE_FLAG}=8".strip()
+# Tests marked gpu or tpu are run on such a machine with JAX_PLATFORMS naming it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Every annotated shape and dtype of these packages is checked at each call. Installed before a test module imports them.
+_hook = install_import_hook(["moejax.ops", "moejax.model"], "beartype.beartype")
+
+
+def golden(name: str) -> SimpleNamespace:
+    """One case of the reference data: `directory`, `inputs`, `expected`, `gradients` (dicts of arrays), `meta` and `config`."""
+    directory = GOLDEN / name
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no reference case {directory}; expected one of {sorted(p.name for p in GOLDEN.iterdir())}")
+    return SimpleNamespace(
+        directory=directory,
+        inputs=_arrays(directory / "inputs.npz"),
+        expected=_arrays(directory / "expected.npz"),
+        gradients=_arrays(directory / "grads.npz"),
+        meta=_json(directory / "meta.json"),
+        config=_json(directory / "config.json"),
+    )
+
+
+def run_command(
+    args: Sequence[str | Path], cwd: str | Path = ROOT, timeout: float = 300.0, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs a command as a user would, on one CPU device; `"python"` as the first word is this interpreter.
+
+    stdout and stderr come back as text; the status is the caller's to check.
+    """
+    words = [str(word) for word in args]
+    if words[0] == "python":
+        words[0] = sys.executable
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "140", **environment}
+    env.pop("JAX_NUMPY_RANK_PROMOTION", None)
+    if _USER_XLA_FLAGS is None:
+        env.pop("XLA_FLAGS", None)
+    else:
+        env["XLA_FLAGS"] = _USER_XLA_FLAGS
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(words, cwd=cwd, env=env, text=True, capture_output=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="session", name="golden")
+def golden_fixture():
+    """The function `golden`, for tests that prefer an argument to an import."""
+    return golden
+
+
+@pytest.fixture(scope="session", name="run_command")
+def run_command_fixture():
+    """The function `run_command`, likewise."""
+    return run_command
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        return {}
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
