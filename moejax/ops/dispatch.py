@@ -1,0 +1,101 @@
+"""From tokens to their experts and back. Every kind keeps one contract and drops no token:
+
+    apply_experts(x [M, D], Routing [M, A], ExpertWeights) -> y [M, D],  y = sum over a of weight_a * expert_a(x)
+
+with expert(x) = down(silu(gate x) * up x). `dense` is the reference; `sorted` does only the chosen experts' work.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+from jaxtyping import Float, Int
+
+from moejax.ops.grouped import grouped_matmul
+from moejax.ops.matmul import precision_of
+from moejax.ops.routing import Routing
+
+
+class ExpertWeights(NamedTuple):
+    """The three weights of every expert, output-major."""
+
+    gate: Float[Array, "E F D"]
+    up: Float[Array, "E F D"]
+    down: Float[Array, "E D F"]
+
+
+def apply_experts(
+    x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights, kind: Literal["sorted", "dense"]
+) -> Float[Array, "M D"]:
+    """Runs every row through its experts by the dispatch called `kind`; raises ValueError for a name it does not know."""
+    if kind == "sorted":
+        return apply_experts_sorted(x, routing, weights)
+    if kind == "dense":
+        return apply_experts_dense(x, routing, weights)
+    raise ValueError(f"unknown dispatch {kind!r}; expected 'sorted' or 'dense'")
+
+
+def apply_experts_dense(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights) -> Float[Array, "M D"]:
+    """Every expert on every row, then the weighted sum: the slow reference."""
+    precision = precision_of(x.dtype)
+    gate = jnp.einsum("md,efd->emf", x, weights.gate, precision=precision)
+    up = jnp.einsum("md,efd->emf", x, weights.up, precision=precision)
+    outputs = jnp.einsum("emf,edf->emd", jax.nn.silu(gate) * up, weights.down, precision=precision)
+    chosen = routing.experts[:, :, None] == jnp.arange(weights.gate.shape[0])[None, None, :]
+    share = jnp.sum(jnp.where(chosen, routing.weights[:, :, None], 0.0), axis=1)
+    return jnp.einsum("me,emd->md", share, outputs.astype(jnp.float32), precision=precision_of(jnp.float32)).astype(x.dtype)
+
+
+def apply_experts_sorted(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights) -> Float[Array, "M D"]:
+    """Rows copied once per chosen expert and sorted by expert, grouped matmuls, results brought back and summed."""
+    num_rows, per_token = routing.experts.shape
+    order, place = sort_by_expert(routing.experts)
+    group_sizes = jnp.sum(routing.experts.reshape(-1)[:, None] == jnp.arange(weights.gate.shape[0])[None, :], axis=0).astype(jnp.int32)
+    rows = spread_rows(x, order, place)
+    hidden = jax.nn.silu(grouped_matmul(rows, weights.gate, group_sizes)) * grouped_matmul(rows, weights.up, group_sizes)
+    outputs = grouped_matmul(hidden, weights.down, group_sizes)
+    outputs = permute_rows(outputs, place, order).reshape(num_rows, per_token, -1)
+    return jnp.sum(routing.weights[:, :, None] * outputs.astype(jnp.float32), axis=1).astype(x.dtype)
+
+
+def sort_by_expert(experts: Int[Array, "M A"]) -> tuple[Int[Array, "MA"], Int[Array, "MA"]]:
+    """(order, place): order[i] is the choice (row * A + rank) that stands i-th when sorted by expert; place undoes it."""
+    choices = experts.reshape(-1)
+    order = jnp.argsort(choices, stable=True)
+    place = jnp.argsort(order)
+    return order, place
+
+
+# Both moves of rows are gathers, and so are their gradients: written out, because the derivative of a gather is otherwise a
+# scatter-add, which is slow on every platform.
+
+
+@jax.custom_vjp
+def permute_rows(rows: Float[Array, "M D"], index: Int[Array, "M"], inverse: Int[Array, "M"]) -> Float[Array, "M D"]:
+    """rows[index], where `index` is a permutation and `inverse` its inverse."""
+    return rows[index]
+
+
+permute_rows.defvjp(
+    lambda rows, index, inverse: (rows[index], inverse),
+    lambda inverse, gradient: (gradient[inverse], None, None),
+)
+
+
+@jax.custom_vjp
+def spread_rows(x: Float[Array, "M D"], order: Int[Array, "MA"], place: Int[Array, "MA"]) -> Float[Array, "MA D"]:
+    """Row i of the result is the row of `x` that choice order[i] belongs to."""
+    return x[order // (order.shape[0] // x.shape[0])]
+
+
+def _spread_forward(x, order, place):
+    return spread_rows(x, order, place), (place, x.shape[0])
+
+
+def _spread_backward(saved, gradient):
+    place, num_rows = saved
+    return jnp.sum(gradient[place].reshape(num_rows, -1, gradient.shape[-1]), axis=1), None, None
+
+
+spread_rows.defvjp(_spread_forward, _spread_backward)

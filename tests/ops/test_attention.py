@@ -1,0 +1,69 @@
+"""Attention against a loop over queries in float64, and the properties of rotary positions."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from moejax.ops.attention import attend, rotary_angles, rotate, visible_keys
+
+
+def attend_by_loops(query, key, value, visible):
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros_like(query)
+    group = query.shape[2] // key.shape[2]
+    for b, t, n in np.ndindex(query.shape[:3]):
+        seen = np.flatnonzero(visible[b, t])
+        if not len(seen):
+            out[b, t, n] = value[b, :, n // group].mean(axis=0)
+            continue
+        scores = key[b, seen, n // group] @ query[b, t, n] / np.sqrt(query.shape[3])
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ value[b, seen, n // group]
+    return out
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_attention_is_the_softmax_over_the_visible_keys(heads, kv_heads, window):
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (2, 7, heads, 8))
+    key = jax.random.normal(keys[1], (2, 7, kv_heads, 8))
+    value = jax.random.normal(keys[2], (2, 7, kv_heads, 8))
+    index = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    real = index < jnp.array([[7], [3]])
+    visible = visible_keys(index, index, window=window, key_is_real=real)
+    expected = attend_by_loops(query, key, value, np.asarray(visible))
+    np.testing.assert_allclose(jax.jit(attend)(query, key, value, visible), expected, atol=1e-5)
+
+
+def test_window_counts_the_query_itself():
+    index = jnp.arange(6)[None]
+    visible = np.asarray(visible_keys(index, index, window=2))[0]
+    assert [list(np.flatnonzero(row)) for row in visible] == [[0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
+
+
+def test_segments_do_not_see_each_other():
+    index, segments = jnp.arange(5)[None], jnp.array([[1, 1, 2, 2, 0]])
+    visible = np.asarray(visible_keys(index, index, query_segments=segments, key_segments=segments))[0]
+    assert [list(np.flatnonzero(row)) for row in visible] == [[0], [0, 1], [2], [2, 3], [4]]
+
+
+def test_rotation_depends_on_distance_alone():
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+
+    def score(query_position, key_position):
+        def at(x, position):
+            return rotate(x, rotary_angles(jnp.array([[position]]), 16, 10_000.0))
+
+        return float(jnp.sum(at(query, query_position) * at(key, key_position)))
+
+    assert score(5, 2) == pytest.approx(score(103, 100), abs=1e-4)
+    assert abs(score(5, 2) - score(5, 3)) > 1e-3
+
+
+def test_rotation_pairs_the_halves():
+    """Position 1, first pair (0, H/2), angle exactly 1: (1, 0) becomes (cos 1, sin 1)."""
+    x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
+    out = rotate(x, rotary_angles(jnp.array([[1]]), 4, 10_000.0))[0, 0, 0]
+    np.testing.assert_allclose(out, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
