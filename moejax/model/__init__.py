@@ -1,0 +1,1 @@
+"""Flax modules: they declare weights and their logical axes, and call moejax.ops."""

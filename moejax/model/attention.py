@@ -1,0 +1,40 @@
+"""The attention module: projections, rotary positions, the cache where there is one, and `ops.attention`."""
+
+import flax.linen as nn
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from moejax.config import ModelConfig
+from moejax.model.cache import KVCache, write_cache
+from moejax.model.layers import Projection
+from moejax.ops.attention import Rotation, attend, rotate
+
+
+class Attention(nn.Module):
+    """Grouped-query attention without biases. Returns its output and the cache it was given, with this layer's tokens in it."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Rotation,
+        visible: Bool[Array, "B T S"],
+        cache: KVCache | None,
+        layer: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        config = self.config
+        size, width = config.hidden_size, config.head_width
+
+        def split_heads(name: str, axis: str, heads: int) -> Array:
+            out = Projection(config, (heads * width, size), (axis, "embed"), name=name)(x)
+            return out.reshape(*x.shape[:2], heads, width)
+
+        query = rotate(split_heads("query", "heads", config.num_heads), rotation)
+        key = rotate(split_heads("key", "kv_heads", config.num_kv_heads), rotation)
+        value = split_heads("value", "kv_heads", config.num_kv_heads)
+        if cache is not None:
+            cache, key, value = write_cache(cache, layer, key, value)
+        mixed = attend(query, key, value, visible).reshape(*x.shape[:2], config.num_heads * width)
+        return Projection(config, (size, config.num_heads * width), ("embed", "heads"), name="out")(mixed), cache

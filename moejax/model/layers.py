@@ -1,0 +1,98 @@
+"""The modules that own weights. Projection and ExpertKernel are the only readers of matmul weights."""
+
+import flax.linen as nn
+import jax
+from jax import Array
+from jax import numpy as jnp
+from jaxtyping import Float, Int
+
+from moejax.config import ModelConfig
+from moejax.ops.matmul import project
+
+Axes = tuple[str | None, ...]
+
+
+def _normal(config: ModelConfig, axes: Axes):
+    return nn.with_logical_partitioning(nn.initializers.normal(config.initializer_range), axes)
+
+
+class Projection(nn.Module):
+    """y = x Wᵀ without bias; the weight is `kernel` [outputs, inputs], output-major as in PyTorch.
+
+    Output-major makes import a copy, reads rows in order when decoding, and was as fast or faster than input-major in every
+    training matmul measured (docs/performance.md).
+    """
+
+    config: ModelConfig
+    shape: tuple[int, int]
+    axes: Axes
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows inside"]) -> Float[Array, "*rows outside"]:
+        kernel = self.param("kernel", _normal(self.config, self.axes), self.shape, jnp.dtype(self.config.param_dtype))
+        return project(x, kernel.astype(x.dtype))
+
+
+class ExpertKernel(nn.Module):
+    """The weights [E, outputs, inputs] of one projection of all experts; multiplied by `ops.dispatch`."""
+
+    config: ModelConfig
+    shape: tuple[int, int, int]
+    axes: Axes
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "E outside inside"]:
+        kernel = self.param("kernel", _normal(self.config, self.axes), self.shape, jnp.dtype(self.config.param_dtype))
+        return kernel.astype(self.config.dtype)
+
+
+class RMSNorm(nn.Module):
+    """g * x / sqrt(mean(x²) + epsilon): statistics in float32, cast to the type of x, then scaled (Zhang & Sennrich 2019)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
+        scale = self.param("scale", ones, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
+        wide = x.astype(jnp.float32)
+        normalised = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.norm_epsilon)
+        return normalised.astype(x.dtype) * scale.astype(x.dtype)[None, None, :]
+
+
+class Embed(nn.Module):
+    """The token embedding [V, D], also the head's weight where embeddings are tied. Not scaled."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
+        config = self.config
+        shape = (config.vocab_size, config.hidden_size)
+        table = self.param("embedding", _normal(config, ("vocab", "embed")), shape, jnp.dtype(config.param_dtype))
+        return table[tokens].astype(config.dtype), table
+
+
+class Head(nn.Module):
+    """The weight [V, D] of the output projection, returned and not applied: the loss takes it in chunks."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        return self.param("kernel", _normal(self.config, ("vocab", "embed")), shape, jnp.dtype(self.config.param_dtype))
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x) of width `width`."""
+
+    config: ModelConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        config, size = self.config, self.config.hidden_size
+        gate = Projection(config, (self.width, size), ("mlp", "embed"), name="gate")(x)
+        up = Projection(config, (self.width, size), ("mlp", "embed"), name="up")(x)
+        return Projection(config, (size, self.width), ("embed", "mlp"), name="down")(jax.nn.silu(gate) * up)

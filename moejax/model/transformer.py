@@ -1,0 +1,233 @@
+"""The decoder: Block (one layer, wired as the family says), Period (the layers one scan step runs), Transformer."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+from jax import Array
+from jax import numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from moejax.config import ModelConfig
+from moejax.model.attention import Attention
+from moejax.model.cache import KVCache
+from moejax.model.layers import MLP, Embed, Head, RMSNorm
+from moejax.model.moe import MoE, RouterOutputs
+from moejax.ops.attention import Rotation, rotary_angles, visible_keys
+from moejax.ops.matmul import project
+from moejax.ops.routing import RouterStatistics, load_balance_loss
+
+
+@flax.struct.dataclass
+class LayerInputs:
+    """What every layer reads beside its input; the same for all."""
+
+    rotation: Rotation
+    visible: Bool[Array, "B T S"]
+    counts: Bool[Array, "B T"] | None
+
+
+@flax.struct.dataclass
+class Outputs:
+    """The result of a forward pass; a field that was not asked for is None."""
+
+    logits: Float[Array, "B T V"] | None
+    features: Float[Array, "B T D"]  # after the final norm: what the head reads
+    hidden: Float[Array, "layers_and_2 B T D"] | None  # embedding, every layer's output, after the final norm
+    routing: RouterOutputs | None  # MoE layers stacked in front
+    router_statistics: RouterStatistics | None  # [MoE layers, ...]; None in a model without MoE layers
+    aux_loss: Float[Array, ""]  # the family's load-balance loss, unscaled
+    z_loss: Float[Array, ""]  # mean over MoE layers, unscaled
+    dropped: Int[Array, ""]  # tokens dropped by the dispatch
+    cache: KVCache | None
+
+
+class Block(nn.Module):
+    """One decoder layer. `is_moe` False is the dense layer of an interleaved model."""
+
+    config: ModelConfig
+    is_moe: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], cache: KVCache | None, layer: Int[Array, ""] | int, inputs: LayerInputs):
+        config = self.config
+        attended, cache = Attention(config, name="attention")(
+            RMSNorm(config, name="attention_norm")(x), inputs.rotation, inputs.visible, cache, layer
+        )
+        after = x + attended
+        if not self.is_moe:
+            out = after + MLP(config, config.intermediate_size, name="mlp")(RMSNorm(config, name="mlp_norm")(after))
+            return out, cache, None
+        # With the dense residual, the experts read the layer's input: neither branch waits for the other.
+        moe_input = x if config.residual_mlp else after
+        moe_out, router = MoE(config, name="moe")(RMSNorm(config, name="moe_norm")(moe_input), inputs.counts)
+        if config.residual_mlp:
+            after = after + MLP(config, config.hidden_size, name="residual")(RMSNorm(config, name="residual_norm")(after))
+        return after + moe_out, cache, router
+
+
+class Period(nn.Module):
+    """`moe_every` consecutive layers, the body of the scan: dense ones, then the one with experts."""
+
+    config: ModelConfig
+    keep_hidden: bool
+
+    @nn.compact
+    def __call__(self, carry: tuple[Array, KVCache | None], first_layer: Int[Array, ""], inputs: LayerInputs):
+        x, cache = carry
+        hidden, router = [], None
+        for j in range(self.config.moe_every):
+            block = Block(self.config, self.config.is_moe_layer(j), name=f"block_{j}")
+            x, cache, router = block(x, cache, first_layer + j, inputs)
+            hidden.append(x)
+        return (x, cache), (jnp.stack(hidden) if self.keep_hidden else None, router)
+
+
+def _rematerialised(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
+    if config.remat == "none":
+        return module
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+    return nn.remat(module, prevent_cse=not config.scan_layers, policy=policy)
+
+
+class Transformer(nn.Module):
+    """Embedding, layers, final norm and head of one model; `apply(variables, tokens, ...)` runs it.
+
+    `variables` is {"params": tree} with layers stacked by period (or apart, with config.scan_layers False: see
+    `unstack_layers`). All arguments beside `tokens` are optional:
+
+    mask: [B, T], 1 where a token is real (padding on the right). positions: rotary positions, default 0..T-1 (continuing
+    from the cache). segments: [B, T] ids of packed documents, 0 is padding; tokens see only their own segment.
+    cache: a KVCache, whose continuation comes back as `.cache`. return_hidden, return_routing: fill those fields.
+    return_logits: False leaves logits out, for losses that apply the head in chunks.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Any = None,
+        positions: Any = None,
+        segments: Any = None,
+        cache: KVCache | None = None,
+        return_hidden: bool = False,
+        return_routing: bool = False,
+        return_logits: bool = True,
+    ) -> Outputs:
+        config = self.config
+        tokens = jnp.asarray(tokens)
+        real = _real_tokens(mask, segments)
+        inputs = self._layer_inputs(tokens, real, positions, segments, cache)
+        x, embedding = Embed(config, name="embed")(tokens)
+        embedded = x
+        x, cache, hidden, router = self._run_layers(x, cache, inputs, return_hidden)
+        features = RMSNorm(config, name="final_norm")(x)
+        head = embedding if config.tie_embeddings else Head(config, name="head")()
+        logits = project(features, head.astype(features.dtype)).astype(jnp.float32) if return_logits else None
+        if cache is not None:
+            added = jnp.full(tokens.shape[:1], tokens.shape[1]) if real is None else jnp.sum(real, axis=1)
+            cache = cache.replace(lengths=cache.lengths + added.astype(jnp.int32))
+        statistics = None if router is None else router.statistics
+        zero = jnp.float32(0.0)
+        return Outputs(
+            logits=logits,
+            features=features,
+            hidden=jnp.stack([embedded, *hidden, features]) if return_hidden else None,
+            routing=router if return_routing else None,
+            router_statistics=statistics,
+            aux_loss=zero if statistics is None else load_balance_loss(statistics, config.router_aux_loss_kind),
+            z_loss=zero if statistics is None else jnp.mean(statistics.z_loss),
+            dropped=jnp.int32(0),  # every dispatch there is keeps every token
+            cache=cache,
+        )
+
+    def _layer_inputs(self, tokens: Array, real: Array | None, positions: Any, segments: Any, cache: KVCache | None) -> LayerInputs:
+        config, (batch, time) = self.config, tokens.shape
+        start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
+        query_index = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None, :]
+        num_keys = time if cache is None else cache.capacity
+        key_index = jnp.broadcast_to(jnp.arange(num_keys, dtype=jnp.int32)[None, :], (batch, num_keys))
+        if cache is not None and segments is not None:
+            raise ValueError("segments and cache were both given; packed rows are for training, a cache holds one document a row")
+        segments = None if segments is None else jnp.asarray(segments)
+        visible = visible_keys(
+            query_index,
+            key_index,
+            window=config.attention_window,
+            key_is_real=real if cache is None else None,  # in a cache, padding lies past the row's length and is never seen
+            query_segments=segments,
+            key_segments=segments,
+        )
+        positions = query_index if positions is None else jnp.asarray(positions)
+        # Arctic's load-balance loss counts padding too; Mixtral's goes by the mask.
+        counts = real if config.router_aux_loss_kind == "pooled" or segments is not None else None
+        return LayerInputs(rotary_angles(positions, config.head_width, config.rope_theta), visible, counts)
+
+    def _run_layers(self, x: Array, cache: KVCache | None, inputs: LayerInputs, keep_hidden: bool):
+        """All layers; returns (x, cache, each layer's output if asked for, router outputs stacked over MoE layers)."""
+        config = self.config
+        hidden: list[Array] = []
+        routers: list[RouterOutputs] = []
+        unrolled = range(config.num_layers)
+        if config.scan_layers:
+            periods = config.num_layers // config.moe_every
+            if periods:
+                scan = nn.scan(
+                    _rematerialised(Period, config),
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True},
+                    in_axes=(0, nn.broadcast),
+                    length=periods,
+                    metadata_params={nn.PARTITION_NAME: "layers"},
+                )
+                first_layers = jnp.arange(periods, dtype=jnp.int32) * config.moe_every
+                (x, cache), (outputs, router) = scan(config, keep_hidden, name="layers")((x, cache), first_layers, inputs)
+                hidden += list(outputs.reshape(-1, *x.shape)) if keep_hidden else []
+                routers += [router] if router is not None else []
+            unrolled = range(periods * config.moe_every, config.num_layers)
+        for layer in unrolled:
+            block = _rematerialised(Block, config)(config, config.is_moe_layer(layer), name=f"layer_{layer}")
+            x, cache, router = block(x, cache, layer, inputs)
+            hidden.append(x)
+            routers += [jax.tree.map(lambda leaf: leaf[None], router)] if router is not None else []
+        stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routers) if routers else None
+        return x, cache, hidden, stacked
+
+
+def _real_tokens(mask: Any, segments: Any) -> Array | None:
+    """Which tokens are real: by the mask, by the segments (0 is padding), or all (None)."""
+    real = None if mask is None else jnp.asarray(mask) != 0
+    if segments is not None:
+        in_segment = jnp.asarray(segments) != 0
+        real = in_segment if real is None else real & in_segment
+    return real
+
+
+def head_weight(params: dict[str, Any]) -> Float[Array, "V D"]:
+    """The head's weight in a parameter tree: its own, or the embedding where they are tied."""
+    return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
+
+
+def init_parameters(model: Transformer, key: Array) -> dict[str, Any]:
+    """Freshly initialised parameters, a nested dict of arrays. Works under jit and eval_shape."""
+    return nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32), return_logits=False))["params"]
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_parameters(config: ModelConfig) -> dict[str, Any]:
+    """Shapes and types of the parameters, nothing allocated."""
+    return jax.eval_shape(functools.partial(init_parameters, Transformer(config)), jax.random.key(0))
+
+
+def unstack_layers(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The tree of the same model with scan_layers=False: every layer's weights apart, under layer_{l}."""
+    stacked = params.get("layers", {})
+    tree = {name: value for name, value in params.items() if name != "layers"}
+    for j in range(config.moe_every):
+        for period in range(config.num_layers // config.moe_every):
+            tree[f"layer_{period * config.moe_every + j}"] = jax.tree.map(lambda leaf, p=period: leaf[p], stacked[f"block_{j}"])
+    return tree
