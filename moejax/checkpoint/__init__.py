@@ -1,0 +1,1 @@
+"""Checkpoints: our own on disk (store), published ones (torch_files), and the names that connect them (names)."""

@@ -1,0 +1,211 @@
+"""Our own checkpoints on disk: Orbax arrays beside one small JSON file that says what they are.
+
+    <directory>/moejax.json    format, family, model config, step, run config; its presence marks a complete checkpoint
+    <directory>/params/        the parameters, in the stacked tree of moejax/families/layout.py
+    <directory>/optimizer/     the optimiser's state, where it was saved
+    <directory>/...            whatever the caller adds (tokenizer, data position)
+
+A checkpoint is written beside its final name and renamed into place, so that no half-written one is ever seen. The checkpoints of
+a run lie in <run>/checkpoints/<step, 8 digits>/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.checkpoint.arrays import describe_arrays, first_device, restore_arrays, save_arrays
+from moejax.checkpoint.atomic import remove_directory, write_directory
+from moejax.config import ModelConfig, UserError, model_from_json, to_json
+from moejax.families.layout import abstract_parameters, flatten_leaves, insert_leaf
+
+METADATA = "moejax.json"
+FORMAT = 1
+PARAMS = "params"
+OPTIMIZER = "optimizer"
+STEPS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What moejax.json says of a checkpoint. `run` is the run's configuration as `moejax.config.to_json` wrote it."""
+
+    config: ModelConfig
+    step: int | None
+    run: dict[str, Any] | None
+
+
+def save(
+    directory: str | Path,
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    *,
+    optimizer: Any = None,
+    step: int | None = None,
+    run: dict[str, Any] | None = None,
+    write_extra: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint and returns when it is on the disk; `directory` is complete or as it was, whatever happens.
+
+    `params` is the stacked tree (numpy or jax arrays, sharded or not); `optimizer` any tree of arrays; `write_extra` is called with
+    the directory being written and adds files to it. Raises UserError for an existing `directory` (unless `overwrite`), for a
+    tree that is not that of `config`, and for a disk without room.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists() and not overwrite:
+        raise UserError(f"{directory} exists already; give another path, or remove it first")
+    if directory.exists() and not (directory / METADATA).exists():
+        raise UserError(f"{directory} exists and is no checkpoint of moejax; it is not overwritten, give another path")
+    _check_tree(directory, dict(params), config)
+    optimizer_leaves = {} if optimizer is None else _name_leaves(optimizer)
+    needed = _count_bytes(params) + _count_bytes(optimizer_leaves) + 1_000_000
+    with write_directory(directory, needed) as temporary:
+        save_arrays(temporary / PARAMS, dict(params))
+        if optimizer_leaves:
+            save_arrays(temporary / OPTIMIZER, optimizer_leaves)
+        if write_extra is not None:
+            write_extra(temporary)
+        metadata = {"format": FORMAT, "family": config.family, "model": to_json(config), "step": step, "run": run}
+        (temporary / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+
+
+def read_metadata(directory: str | Path) -> Metadata:
+    """What `directory`/moejax.json says. Raises UserError where it is missing, damaged, or of a newer version."""
+    path = Path(directory) / METADATA
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values["format"]
+        if version == FORMAT:
+            return Metadata(model_from_json(values["model"], str(path)), values["step"], values["run"])
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no checkpoint of moejax: it has no {METADATA}") from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); use another checkpoint") from error
+    raise UserError(f"{path} is of format {version!r}, this version of moejax reads {FORMAT}; update moejax")
+
+
+def restore_params(directory: str | Path, config: ModelConfig, dtype: str | None = None, sharding: Any = None) -> dict[str, Any]:
+    """The parameter tree of a checkpoint, as jax arrays, in `dtype` or (None) as saved.
+
+    `sharding` is one jax.sharding.Sharding for all leaves or a tree of them; None puts everything on the first local device.
+    Raises UserError where the arrays are missing, damaged, or not those of `config`.
+    """
+    path = Path(directory).absolute() / PARAMS
+    expected = flatten_leaves(abstract_parameters(config))
+    stored = {name: (leaf.shape, leaf.dtype) for name, leaf in describe_arrays(path).items()}
+    _check_shapes(str(path), {name: shape for name, (shape, _) in stored.items()}, config)
+    shardings = flatten_leaves(sharding) if isinstance(sharding, dict) else dict.fromkeys(expected, sharding or first_device())
+
+    def describe(name: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        shape, stored_dtype = stored[name]
+        return jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype) if dtype else stored_dtype, sharding=shardings[name])
+
+    return restore_arrays(path, _nest({name: describe(name) for name in expected}))
+
+
+def restore_optimizer(directory: str | Path, abstract_tree: Any) -> Any:
+    """The optimiser's state of a checkpoint, in the structure, dtypes and shardings of `abstract_tree`.
+
+    Leaves of `abstract_tree` are jax.ShapeDtypeStruct or arrays; one without a sharding goes to the first local device. Raises
+    UserError where the state is missing, damaged, or of another optimiser.
+    """
+    leaves, structure = jax.tree.flatten(abstract_tree)
+    if not leaves:
+        return abstract_tree
+    path = Path(directory).absolute() / OPTIMIZER
+    names = list(_name_leaves(abstract_tree))
+    stored = {name[0]: tuple(leaf.shape) for name, leaf in describe_arrays(path).items()}
+    expected = {name: tuple(np.shape(leaf)) for name, leaf in zip(names, leaves, strict=True)}
+    if stored != expected:
+        odd = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
+        raise UserError(
+            f"{path} is the state of another optimiser or model: {len(odd)} of its arrays differ ({', '.join(odd[:3])}); "
+            "resume with the optimiser and the model of the run"
+        )
+    targets = {
+        name: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None) or first_device())
+        for name, leaf in zip(names, leaves, strict=True)
+    }
+    restored = restore_arrays(path, targets)
+    return jax.tree.unflatten(structure, [restored[name] for name in names])
+
+
+# -- the checkpoints of a run ----------------------------------------------------------------------------------------
+
+
+def step_directory(run_directory: str | Path, step: int) -> Path:
+    """Where a run keeps its checkpoint after `step` steps."""
+    return Path(run_directory) / STEPS / f"{step:08d}"
+
+
+def list_steps(run_directory: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = Path(run_directory) / STEPS
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if re.fullmatch(r"\d{8,}", path.name) and (path / METADATA).exists()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def latest_step(run_directory: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    return next(reversed(list_steps(run_directory)), None)
+
+
+def prune(run_directory: str | Path, keep: int) -> None:
+    """Removes all but the `keep` newest complete checkpoints of a run."""
+    for path in list_steps(run_directory)[: -keep or None]:
+        remove_directory(path)
+
+
+# -- trees ------------------------------------------------------------------------------------------------------------
+
+
+def _nest(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        insert_leaf(tree, path, value)
+    return tree
+
+
+def _name_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of any tree by path, in its order: an optimiser's state is then saved apart from its library's classes."""
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    if len(leaves) != len(jax.tree.leaves(tree)):
+        raise ValueError("two leaves of the optimiser's state have the same path")
+    return leaves
+
+
+def _count_bytes(tree: Any) -> int:
+    return sum(int(getattr(leaf, "nbytes", 8)) for leaf in jax.tree.leaves(tree))
+
+
+def _check_tree(directory: Path, params: dict[str, Any], config: ModelConfig) -> None:
+    shapes = {name: np.shape(leaf) for name, leaf in flatten_leaves(params).items()}
+    _check_shapes(f"the parameters to save in {directory}", shapes, config)
+
+
+def _check_shapes(what: str, shapes: Mapping[tuple[str, ...], tuple[int, ...]], config: ModelConfig) -> None:
+    """Raises UserError unless `shapes` are those of a model of `config`."""
+    expected = {name: leaf.shape for name, leaf in flatten_leaves(abstract_parameters(config)).items()}
+    odd = sorted(
+        name for name in expected.keys() | shapes.keys() if tuple(shapes.get(name, ())) != expected.get(name) or name not in shapes
+    )
+    if odd:
+        name = odd[0]
+        got = list(shapes[name]) if name in shapes else "nothing"
+        wanted = list(expected[name]) if name in expected else "nothing"
+        raise UserError(
+            f"{what}: {len(odd)} arrays are not those of the model config ({config.family}, {config.num_layers} layers, "
+            f"hidden_size {config.hidden_size}): {'/'.join(name)} is {got}, expected {wanted}; is it a checkpoint of another model?"
+        )

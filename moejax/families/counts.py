@@ -1,0 +1,69 @@
+"""How many parameters a configuration has, by kind of module, in all and per token; from shapes alone, nothing is allocated."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from moejax.config import ModelConfig
+from moejax.families.layout import EXPERT_LEAVES, Shape, block_leaves, outer_leaves
+
+BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class KindCount:
+    """Parameters of one kind of module, all layers together."""
+
+    total: int
+    active: int  # parameters one token meets: of the experts, only the experts_per_token it is sent to
+    bytes: int  # of `total`, stored as config.param_dtype
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a whole model; `by_kind` adds up to the rest."""
+
+    total: int
+    active: int
+    bytes: int
+    by_kind: dict[str, KindCount]
+
+
+def count_parameters(config: ModelConfig) -> Counts:
+    """Counts the parameters of `config`: total, active per token, bytes as config.param_dtype, and the same by kind of module.
+
+    Kinds, in this order where present: embedding, attention, router, experts, residual_mlp, dense_mlp, norms, head.
+    """
+    totals: dict[str, int] = defaultdict(int)
+    active: dict[str, int] = defaultdict(int)
+
+    def add(leaf: str, shape: Shape) -> None:
+        size = 1
+        for length in shape:
+            size *= length
+        kind = _kind_of(leaf)
+        totals[kind] += size
+        active[kind] += size // config.num_experts * config.experts_per_token if leaf in EXPERT_LEAVES else size
+
+    for leaf, shape in outer_leaves(config).items():
+        add(leaf, shape)
+    for layer in range(config.num_layers):
+        for leaf, shape in block_leaves(config, layer).items():
+            add(leaf, shape)
+
+    width = BYTES_PER_PARAMETER[config.param_dtype]
+    order = ("embedding", "attention", "router", "experts", "residual_mlp", "dense_mlp", "norms", "head")
+    by_kind = {kind: KindCount(totals[kind], active[kind], totals[kind] * width) for kind in order if kind in totals}
+    total = sum(totals.values())
+    return Counts(total, sum(active.values()), total * width, by_kind)
+
+
+def _kind_of(leaf: str) -> str:
+    """The kind of module a leaf such as "moe/gate/kernel" belongs to."""
+    module = leaf.split("/")[0]
+    if module.endswith("norm"):
+        return "norms"
+    if module == "moe":
+        return "experts" if leaf in EXPERT_LEAVES else "router"
+    return {"embed": "embedding", "attention": "attention", "residual": "residual_mlp", "mlp": "dense_mlp", "head": "head"}[module]

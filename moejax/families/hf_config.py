@@ -1,0 +1,164 @@
+"""Reads and writes the fields of a Hugging Face config.json that both families share, in the spelling of transformers 4 and of 5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moejax.config import ModelConfig, UserError
+
+WIRING_FIELDS = (
+    "family", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_width", "num_experts",
+    "experts_per_token", "max_length", "rope_theta", "norm_epsilon", "tie_embeddings", "initializer_range", "moe_every", "residual_mlp",
+    "top_1_weight", "attention_window", "router_aux_loss_kind", "router_aux_loss_coefficient", "bos_token_id", "eos_token_ids",
+)  # fmt: skip
+
+
+class ConfigReader:
+    """Typed access to the values of a config.json; an absent key takes the default of the reference's configuration class.
+
+    Every getter raises UserError, naming file and field, for a value of the wrong type.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def integer(self, name: str, default: int | None) -> int:
+        """A whole number; null and absent take `default`."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(name, value, "a whole number")
+        return value
+
+    def optional_integer(self, name: str) -> int | None:
+        """A whole number, or None where it is null or absent."""
+        return None if self.values.get(name) is None else self.integer(name, None)
+
+    def number(self, name: str, default: float) -> float:
+        """A number, as a float; null and absent take `default`."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(name, value, "a number")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        """true or false; null and absent take `default`."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.error(name, value, "true or false")
+        return value
+
+    def require(self, name: str, accepted: tuple[Any, ...], reason: str) -> None:
+        """Refuses any value of `name` but the accepted ones; null and absent are accepted."""
+        value = self.values.get(name)
+        if value is not None and value not in accepted:
+            shown = " or ".join(repr(choice) for choice in accepted) or "null"
+            raise self.error(name, value, f"{shown}: {reason}")
+
+    def error(self, name: str, value: Any, expected: str) -> UserError:
+        """The error for one field."""
+        return UserError(f"{self.where}: {name} is {value!r}; expected {expected}")
+
+
+def read_common(reader: ConfigReader) -> dict[str, Any]:
+    """The ModelConfig fields that every family's config.json spells alike: rope, dtype, tokens, norms; refuses what is not computed."""
+    for name, accepted, reason in (
+        ("hidden_act", ("silu",), "no other activation is implemented"),
+        ("attention_bias", (False,), "projections have no bias here"),
+        ("mlp_bias", (False,), "projections have no bias here"),
+        ("attention_dropout", (0, 0.0), "dropout is not implemented; set it to 0.0 to load the weights without it"),
+        ("router_jitter_noise", (0, 0.0), "router jitter is not implemented; set it to 0.0 to load the weights without it"),
+    ):
+        reader.require(name, accepted, reason)
+    dtype = _read_dtype(reader)
+    return {
+        "rope_theta": _read_rope_theta(reader),
+        "tie_embeddings": reader.boolean("tie_word_embeddings", False),
+        "initializer_range": reader.number("initializer_range", 0.02),
+        "norm_epsilon": reader.number("rms_norm_eps", 1e-5),
+        "dtype": dtype,
+        "param_dtype": dtype,
+        "bos_token_id": reader.integer("bos_token_id", 1) if reader.values.get("bos_token_id", 1) is not None else None,
+        "eos_token_ids": _read_eos(reader),
+    }
+
+
+def _read_rope_theta(reader: ConfigReader) -> float:
+    """rope_theta of either spelling (default 1e6, that of both families' classes); any scaled rope is refused by name."""
+    rope = reader.values.get("rope_parameters")
+    scaling = reader.values.get("rope_scaling")
+    for field, values in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise reader.error(field, values, "an object with rope_type and rope_theta")
+        kind = values.get("rope_type", values.get("type", "default"))
+        if kind != "default":
+            raise reader.error(f"{field}.rope_type", kind, "'default': scaled rotary embeddings are not implemented")
+        ConfigReader(values, f"{reader.where}: {field}").require("partial_rotary_factor", (1, 1.0), "partial rotation is not implemented")
+    reader.require("partial_rotary_factor", (1, 1.0), "partial rotation is not implemented")
+    if rope is not None and rope.get("rope_theta") is not None:
+        return ConfigReader(rope, f"{reader.where}: rope_parameters").number("rope_theta", 1e6)
+    return reader.number("rope_theta", 1e6)
+
+
+def _read_dtype(reader: ConfigReader) -> str:
+    name = "dtype" if reader.values.get("dtype") is not None else "torch_dtype"
+    value = reader.values.get(name) or "float32"
+    dtype = str(value).removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise reader.error(name, value, "'float32', 'bfloat16' or 'float16'")
+    return dtype
+
+
+def _read_eos(reader: ConfigReader) -> tuple[int, ...]:
+    value = reader.values.get("eos_token_id", 2)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise reader.error("eos_token_id", value, "a token id, a list of them, or null")
+    return tuple(ids)
+
+
+def write_common(config: ModelConfig) -> dict[str, Any]:
+    """The config.json fields that every family spells alike, in the older spelling, which every version of transformers reads."""
+    eos = config.eos_token_ids
+    return {
+        "attention_dropout": 0.0,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_length,
+        "num_attention_heads": config.num_heads,
+        "num_experts_per_tok": config.experts_per_token,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "num_local_experts": config.num_experts,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope_theta,
+        "router_aux_loss_coef": config.router_aux_loss_coefficient,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": config.param_dtype,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def check_expressible(config: ModelConfig, read_back: ModelConfig) -> None:
+    """Raises UserError unless the config.json just written reads back as the same model.
+
+    The published format of a family cannot say everything a ModelConfig can (a Mixtral with a dense MLP beside its experts).
+    """
+    for name in WIRING_FIELDS:
+        ours, theirs = getattr(config, name), getattr(read_back, name)
+        if ours != theirs:
+            raise UserError(
+                f"model.{name}={ours!r} cannot be written as a {config.family} config.json, which would read back as {theirs!r}; "
+                "export is for models with the wiring of a published family"
+            )
