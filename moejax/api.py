@@ -1,0 +1,108 @@
+"""The public functions that stand on everything else: load, save, generate, load_tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from moejax.config import UserError
+from moejax.model.transformer import Transformer
+from moejax.serving.engine import Engine, GenerationSettings
+
+
+def load(path: str | Path, mesh: Any = None, dtype: Any = None, quantize: str | None = None) -> tuple[Transformer, dict[str, Any], Any]:
+    """Reads a checkpoint: (model, variables, tokenizer).
+
+    path: a run directory of ours (its newest checkpoint), one checkpoint of ours, or a Hugging Face directory of a Mixtral or
+    an Arctic model (safetensors, one file or sharded). dtype: of weights and compute, "float32", "bfloat16" or "float16";
+    None keeps the checkpoint's. With float32, matmuls run at full precision on every platform. The tokenizer is None where
+    the directory has none. `model.config` is the ModelConfig; `model.apply(variables, tokens)` runs the model.
+
+    Raises UserError, before a weight is read, for a path that holds no such checkpoint and for formats that are not read
+    (by name), and for tensors that are missing, unexpected or of the wrong shape. `mesh` and `quantize` are not there yet and
+    raise NotImplementedError.
+    """
+    from moejax.checkpoint import detect, store, torch_files
+    from moejax.data.text import find_tokenizer
+
+    if mesh is not None:
+        raise NotImplementedError("load(mesh=...) is not implemented yet: the weights go to one device; leave mesh out")
+    if quantize is not None:
+        raise NotImplementedError(f"load(quantize={quantize!r}) is not implemented yet; leave quantize out")
+    name = None if dtype is None else _dtype_name(dtype)
+    kind, directory = detect.find_checkpoint(path)
+    if kind == "hf":
+        config = torch_files.read_model_config(directory, name)
+        params = torch_files.read_parameters(directory, config, config.param_dtype)
+    else:
+        config = store.read_metadata(directory).config
+        config = config if name is None else replace(config, dtype=name, param_dtype=name)
+        params = store.restore_params(directory, config, config.param_dtype)
+    params = jax.tree.map(jnp.asarray, params)
+    tokenizer = find_tokenizer(directory) or find_tokenizer(Path(path))
+    return Transformer(config), {"params": params}, tokenizer
+
+
+def _dtype_name(dtype: Any) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"load(dtype={dtype!r}): expected 'float32', 'bfloat16' or 'float16', or None to keep the checkpoint's")
+    return name
+
+
+def save(path: str | Path, model: Transformer, variables: dict[str, Any], tokenizer: Any = None) -> None:
+    """Writes a checkpoint that `load` reads: weights, model config and tokenizer, complete or not at all.
+
+    Raises UserError where `path` exists, where the disk is full, and for variables that are not this model's.
+    """
+    from moejax.checkpoint import store
+
+    def write_tokenizer(directory: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save(directory)
+
+    store.save(path, variables["params"], model.config, write_extra=write_tokenizer)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer in a directory (run, checkpoint, Hugging Face) or file: .encode(text), .decode(ids), .chat(messages) -> ids."""
+    from moejax.data import text
+
+    return text.load_tokenizer(path)
+
+
+def generate(
+    model: Transformer,
+    variables: dict[str, Any],
+    tokenizer: Any,
+    prompts: str | Sequence[Any],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    ignore_eos: bool = False,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Any:
+    """Continues prompts: a text or a list of texts gives a text or a list of texts (the new part alone); a list of token ids,
+    or a list of such lists, gives new token ids. EOS ends a row and is not returned, unless `ignore_eos`.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 are off; row i samples with seed + i. Raises UserError for texts without a
+    tokenizer, an empty prompt, a token outside the vocabulary and settings that make no sense.
+    """
+    settings = GenerationSettings(max_new_tokens, temperature, top_k, top_p, seed, ignore_eos)
+    single = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__"))
+    batch = [prompts] if single else list(prompts)
+    as_text = [isinstance(prompt, str) for prompt in batch]
+    if any(as_text) and tokenizer is None:
+        raise UserError("generate got text but no tokenizer; pass one (moejax.load_tokenizer), or give prompts as lists of token ids")
+    ids = [tokenizer.encode(p) if is_text else [int(t) for t in p] for p, is_text in zip(batch, as_text, strict=True)]
+    new = Engine(model, variables).generate(ids, settings)
+    results = [tokenizer.decode(tokens, is_start=False) if is_text else tokens for tokens, is_text in zip(new, as_text, strict=True)]
+    return results[0] if single else results

@@ -1,0 +1,1 @@
+"""Training: state and optimiser, objectives, the loop."""

@@ -1,0 +1,61 @@
+"""Objectives: (model, variables, batch) -> losses. The head is applied in chunks; [B, T, V] logits never exist."""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+from jax import Array
+from jax import numpy as jnp
+
+from moejax.model.transformer import Outputs, Transformer, head_weight
+from moejax.ops.cross_entropy import cross_entropy, token_losses
+
+
+@flax.struct.dataclass
+class Losses:
+    """Float32 scalars. ce: mean cross-entropy in nats over counted targets. aux, z: the router's, unscaled.
+    total = ce + router_aux_loss_coefficient * aux + router_z_loss_coefficient * z."""
+
+    ce: Array
+    aux: Array
+    z: Array
+    total: Array
+
+
+def weighted_losses(model: Transformer, variables: Any, outputs: Outputs, targets: Array, weights: Array) -> Losses:
+    """Losses of a finished forward pass; targets int32 [B, T], weights float32 [B, T]. No counted target gives ce 0."""
+    config = model.config
+    features = outputs.features.reshape(-1, config.hidden_size)
+    head = head_weight(variables["params"]).astype(features.dtype)
+    share = (weights / jnp.maximum(jnp.sum(weights), 1e-8)).reshape(-1)
+    ce = cross_entropy(features, head, targets.reshape(-1), share)
+    total = ce + config.router_aux_loss_coefficient * outputs.aux_loss + config.router_z_loss_coefficient * outputs.z_loss
+    return Losses(ce, outputs.aux_loss, outputs.z_loss, total)
+
+
+def pretrain(model: Transformer, variables: Any, batch: Any) -> tuple[Losses, Outputs]:
+    """Next-token prediction on packed rows (moejax.data.pipeline.Batch): documents of a row do not see each other."""
+    outputs = model.apply(variables, batch.tokens, positions=batch.positions, segments=batch.segments, return_logits=False)
+    return weighted_losses(model, variables, outputs, batch.targets, batch.weights), outputs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss(model: Transformer, variables: Any, tokens: Array, labels: Array, mask: Any = None) -> Losses:
+    """Losses of `tokens` int32 [B, T] against `labels` [B, T], as the Hugging Face models define them.
+
+    Labels are the tokens themselves (shifted inside: position t predicts labels[t+1]); labels below 0 do not count. `mask`
+    [B, T] is 1 where a token is real. Differentiable with respect to `variables`.
+    """
+    outputs = model.apply(variables, tokens, mask=mask, return_logits=False)
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    return weighted_losses(model, variables, outputs, jnp.maximum(targets, 0), (targets >= 0).astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def negative_log_likelihoods(model: Transformer, variables: Any, batch: Any) -> Array:
+    """-log p of every target in nats, float32 [B, T], times its weight: the sums that evaluation adds up."""
+    outputs = model.apply(variables, batch.tokens, positions=batch.positions, segments=batch.segments, return_logits=False)
+    features = outputs.features.reshape(-1, model.config.hidden_size)
+    head = head_weight(variables["params"]).astype(features.dtype)
+    return token_losses(features, head, batch.targets.reshape(-1)).reshape(batch.targets.shape) * batch.weights

@@ -1,0 +1,107 @@
+"""The reference implementations' numbers, through the public names alone, in float32.
+
+Logits and hidden states where the mask is 1; router decisions exactly; losses; gradients; greedy continuations exactly.
+"""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import moejax
+from moejax.checkpoint.names import export_tensors
+from moejax.families import get_family
+from moejax.ops.routing import load_balance_loss, router_statistics
+
+CASES = [
+    "mixtral_hf",
+    "mixtral_hf_sharded",
+    "mixtral_hf_sliding_window",
+    "arctic_parallel",
+    "arctic_interleaved",
+    "arctic_top1",
+    "arctic_parallel_mixed",
+    "arctic_sliding_window",
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, golden):
+    reference = golden(request.param)
+    model, variables, tokenizer = moejax.load(reference.directory, dtype="float32")
+    assert tokenizer is None
+    return reference, model, variables
+
+
+def largest_difference(ours, expected, real):
+    return np.max(np.abs(np.asarray(ours) - expected)[..., real, :])
+
+
+def test_forward_pass(case):
+    reference, model, variables = case
+    inputs, expected, real = reference.inputs, reference.expected, reference.inputs["attention_mask"] == 1
+    run = jax.jit(lambda variables, tokens, mask: model.apply(variables, tokens, mask=mask, return_hidden=True, return_routing=True))
+    out = run(variables, inputs["input_ids"], inputs["attention_mask"])
+    assert out.logits.dtype == jnp.float32
+    assert out.logits.shape == expected["logits"].shape
+    assert out.hidden.shape == expected["hidden"].shape
+    assert out.routing.logits.shape == expected["router_logits"].shape
+    assert largest_difference(out.logits, expected["logits"], real) < 2e-4
+    assert largest_difference(out.hidden, expected["hidden"], real) < 2e-4
+    assert largest_difference(out.routing.logits, expected["router_logits"], real) < 2e-4
+    assert largest_difference(out.routing.weights, expected["topk_weight"], real) < 2e-4
+    assert np.array_equal(np.asarray(out.routing.experts)[:, real], expected["topk_idx"][:, real])
+    assert float(out.aux_loss) == pytest.approx(float(expected["aux_loss"]), abs=1e-5)
+    assert int(out.dropped) == 0
+
+
+def test_losses(case):
+    reference, model, variables = case
+    inputs, expected = reference.inputs, reference.expected
+    losses = moejax.loss(model, variables, inputs["input_ids"], inputs["labels"], mask=inputs["attention_mask"])
+    assert float(losses.ce) == pytest.approx(float(expected["loss_ce"]), abs=1e-5)
+    assert float(losses.aux) == pytest.approx(float(expected["aux_loss"]), abs=1e-5)
+    assert float(losses.total) == pytest.approx(float(expected["loss_total"]), abs=1e-5)
+
+
+def test_mixtral_loss_over_all_positions(case):
+    """The reference's load-balance loss without a mask, on the routers of the masked run: padding counts then."""
+    reference, model, variables = case
+    if "aux_loss_no_mask" not in reference.expected:
+        pytest.skip("only the Mixtral references have it")
+    out = model.apply(variables, reference.inputs["input_ids"], mask=reference.inputs["attention_mask"], return_routing=True)
+    rows = [values.reshape(values.shape[0], -1, values.shape[-1]) for values in (out.routing.logits, out.routing.experts)]
+    statistics = jax.vmap(lambda logits, experts: router_statistics(logits, experts, None))(*rows)
+    assert float(load_balance_loss(statistics, "pooled")) == pytest.approx(float(reference.expected["aux_loss_no_mask"]), abs=1e-5)
+
+
+def test_gradients(case):
+    reference, model, variables = case
+    if not reference.gradients:
+        pytest.skip("the reference has no gradients for this case")
+    inputs = reference.inputs
+
+    def total(variables):
+        return moejax.loss(model, variables, inputs["input_ids"], inputs["labels"], mask=inputs["attention_mask"]).total
+
+    gradients = jax.tree.map(np.asarray, jax.grad(total)(variables))["params"]
+    ours = {}
+    for table in get_family(model.config.family).tables:
+        ours |= dict(export_tensors(gradients, model.config, table))
+    for name, expected in reference.gradients.items():
+        kind, key = name.split(":")
+        if kind == "grad":
+            assert np.max(np.abs(ours[key] - expected)) < 1e-4 * np.max(np.abs(expected)), key
+        else:
+            assert np.linalg.norm(ours[key].astype(np.float64)) == pytest.approx(float(expected), rel=1e-4), key
+
+
+def test_greedy_continuations(case):
+    """All prompts in one batch of different lengths; some continuations pass an EOS, which is ignored."""
+    reference, model, variables = case
+    lengths = reference.inputs["attention_mask"].sum(axis=1)
+    prompts = [row[:length].tolist() for row, length in zip(reference.inputs["input_ids"], lengths, strict=True)]
+    expected = reference.expected["greedy_tokens"]
+    assert moejax.generate(model, variables, None, prompts, max_new_tokens=expected.shape[1], ignore_eos=True) == expected.tolist()
+    alone = moejax.generate(model, variables, None, prompts[-1], max_new_tokens=expected.shape[1], ignore_eos=True)
+    assert alone == expected[-1].tolist()

@@ -1,0 +1,94 @@
+"""Trains a model.
+
+    python train.py                                          configs/tiny.py, a small Arctic-style model on text this machine has
+    python train.py configs/x.py --train.steps 20 ...        another config, any field overridden
+    python train.py configs/arctic_480b.py --summary         what the model is made of; nothing is allocated
+
+The run lives in runs/<name> (or --run-dir): config.json, tokenizer.model, metrics.jsonl, checkpoints/. The same command goes on
+where the run stopped.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moejax.cli import parse_run, run_command
+from moejax.config import RunConfig
+
+if TYPE_CHECKING:
+    from moejax.training.loop import EvaluationSet
+
+HERE = Path(__file__).resolve().parent
+FLAGS = {"--summary": "print the parameters by kind of module, and stop"}
+
+
+def main(argv: list[str]) -> None:
+    config, _, flags = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS)
+    if "--summary" in flags:
+        from moejax.families.counts import summarise
+
+        print(summarise(config.model))
+        return
+    train(config)
+
+
+def train(config: RunConfig) -> None:
+    from moejax.data import pipeline
+    from moejax.model.transformer import Transformer
+    from moejax.sharding import require_one_device
+    from moejax.training.loop import Trainer
+    from moejax.training.run_directory import claim_run_directory
+
+    require_one_device(config.mesh)
+    directory = claim_run_directory(config)
+    data = pipeline.prepare(config.data, config.model.vocab_size, directory, log)
+    batches = pipeline.make_dataset(config.data, data.rows, config.train.batch_size)
+    evaluation = {name: evaluation_set(config, data.tokenizer, documents) for name, documents in data.held_out.items()}
+    trainer = Trainer(config, Transformer(config.model), batches.__getitem__, evaluation, data.tokenizer.save, log)
+    state = trainer.restore_or_create()
+    if int(state.step) >= config.train.steps:
+        log(f"{directory} is done: it has trained for {int(state.step)} steps. Train longer with --train.steps, or elsewhere with --run-dir")
+    state = trainer.run(state)
+    report(config, trainer.evaluate(state), data.held_out)
+    print_sample(config, trainer.model, state.params, data.tokenizer)
+
+
+def evaluation_set(config: RunConfig, tokenizer, documents: list) -> "EvaluationSet":
+    """A domain's held-out text, as batches that cover every byte once."""
+    from moejax.data import pipeline
+    from moejax.training.loop import EvaluationSet
+
+    rows, utf8_bytes = pipeline.evaluation_rows(tokenizer, documents, config.data.sequence_length, evaluation_bytes(config))
+    return EvaluationSet(list(pipeline.iterate_rows(rows, config.train.batch_size)), utf8_bytes)
+
+
+def evaluation_bytes(config: RunConfig) -> int:
+    return int(config.train.eval_kilobytes * 1000)
+
+
+def report(config: RunConfig, bits_per_byte: dict[str, float], held_out: dict) -> None:
+    """Evaluation per domain beside what gzip -9 makes of the same text."""
+    from moejax.data.pipeline import gzip_bits_per_byte
+
+    log("\nheld-out text, bits per byte:")
+    for domain, value in bits_per_byte.items():
+        log(f"  {domain:<8} {value:.3f}   (gzip -9 of the same text: {gzip_bits_per_byte(held_out[domain], evaluation_bytes(config)):.3f})")
+
+
+def print_sample(config: RunConfig, model, params, tokenizer) -> None:
+    from moejax import generate
+
+    sample = config.sample
+    text = generate(
+        model, {"params": params}, tokenizer, sample.prompt, sample.max_new_tokens, sample.temperature, sample.ignore_eos,
+        top_k=sample.top_k, top_p=sample.top_p, seed=sample.seed,
+    )  # fmt: skip
+    log(f"\na sample, temperature {sample.temperature}:\n{sample.prompt}{text}\n")
+    log(f'more of it:\n  python sample.py --checkpoint {config.directory} --prompt "{sample.prompt}"')
+
+
+def log(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
