@@ -31,6 +31,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> None:
+    """Reads the flags, finds the checkpoint, samples."""
     arguments = parse(argv, Arguments(), description=__doc__)
     from moejax.serving.engine import GenerationSettings
 
@@ -52,6 +53,7 @@ def newest_run(runs: Path) -> Path:
 
 
 def sample(path: Path, prompt: str, settings, dtype: str | None) -> None:
+    """Streams the prompt and its continuation to stdout."""
     import moejax
     from moejax.data.text import StreamDecoder
     from moejax.serving.engine import Engine
@@ -68,7 +70,7 @@ def sample(path: Path, prompt: str, settings, dtype: str | None) -> None:
     for (token,) in Engine(model, variables).stream([tokenizer.encode(prompt)], settings):
         first = first or time.perf_counter()
         count += 1
-        sys.stdout.write(decoder.push(token))
+        sys.stdout.write(decoder.push(token) if token is not None else "")
         sys.stdout.flush()
     sys.stdout.write(decoder.finish() + "\n")
     if count > 1:
@@ -77,6 +79,7 @@ def sample(path: Path, prompt: str, settings, dtype: str | None) -> None:
 
 
 def note(line: str) -> None:
+    """A line to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -22,6 +22,7 @@ FLAGS = {"--summary": "print the parameters by kind of module, and stop"}
 
 
 def main(argv: list[str]) -> None:
+    """Reads the configuration; trains, or prints the summary."""
     config, _, flags = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS)
     if "--summary" in flags:
         from moejax.families.counts import summarise
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: RunConfig) -> None:
+    """The main job: data, model, loop, evaluation, a sample."""
     from moejax.data import pipeline
     from moejax.model.transformer import Transformer
     from moejax.sharding import require_one_device
@@ -46,7 +48,9 @@ def train(config: RunConfig) -> None:
     trainer = Trainer(config, Transformer(config.model), batches.__getitem__, evaluation, data.tokenizer.save, log)
     state = trainer.restore_or_create()
     if int(state.step) >= config.train.steps:
-        log(f"{directory} is done: it has trained for {int(state.step)} steps. Train longer with --train.steps, or elsewhere with --run-dir")
+        log(
+            f"{directory} is done: it has trained for {int(state.step)} steps. Train longer with --train.steps, or elsewhere with --run-dir"
+        )
     state = trainer.run(state)
     report(config, trainer.evaluate(state), data.held_out)
     print_sample(config, trainer.model, state.params, data.tokenizer)
@@ -62,6 +66,7 @@ def evaluation_set(config: RunConfig, tokenizer, documents: list) -> "Evaluation
 
 
 def evaluation_bytes(config: RunConfig) -> int:
+    """Held-out UTF-8 bytes evaluated per domain."""
     return int(config.train.eval_kilobytes * 1000)
 
 
@@ -75,6 +80,7 @@ def report(config: RunConfig, bits_per_byte: dict[str, float], held_out: dict) -
 
 
 def print_sample(config: RunConfig, model, params, tokenizer) -> None:
+    """What the trained model makes of the config's prompt, and the command that makes more."""
     from moejax import generate
 
     sample = config.sample
@@ -87,6 +93,7 @@ def print_sample(config: RunConfig, model, params, tokenizer) -> None:
 
 
 def log(line: str) -> None:
+    """A line to stdout, at once."""
     print(line, flush=True)
 
 

@@ -1,12 +1,13 @@
 """A small Arctic-style hybrid on text that every machine has.
 
-    python train.py
+python train.py
 """
 
 from moejax.config import DataConfig, Domain, ModelConfig, RunConfig, SampleConfig, TrainConfig
 
 
 def config() -> RunConfig:
+    """The run: 3 M parameters, 4 layers of 8 experts beside a dense residual."""
     return RunConfig(
         name="tiny",
         model=ModelConfig(

@@ -1,9 +1,9 @@
 """moejax: mixture-of-experts language models, Mixtral and Snowflake Arctic, in JAX and Flax.
 
-    model, variables, tokenizer = moejax.load(path)
-    out = model.apply(variables, tokens)
-    losses = moejax.loss(model, variables, tokens, labels)
-    texts = moejax.generate(model, variables, tokenizer, prompts)
+model, variables, tokenizer = moejax.load(path)
+out = model.apply(variables, tokens)
+losses = moejax.loss(model, variables, tokens, labels)
+texts = moejax.generate(model, variables, tokenizer, prompts)
 """
 
 import importlib

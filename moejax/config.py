@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
+import math
+import types
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 DispatchName = Literal["sorted", "dense"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -24,6 +27,48 @@ class UserError(ValueError):
 def divisors(number: int) -> list[int]:
     """All divisors of a positive integer, ascending: what an error message offers instead of a size that does not divide."""
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+_type_hints = functools.cache(get_type_hints)
+_TYPE_NAMES = {int: "a whole number", float: "a finite number", str: "a text", bool: "True or False", type(None): "None"}
+
+
+def _require_types(section: str, config: Any) -> None:
+    """Raises UserError for the first field whose value is not of its annotated type; a whole number is a number too."""
+    for name, expected in _type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _is_of_type(value, expected):
+            where = f"{section}.{name}" if section else name
+            raise UserError(
+                f"{where}={value!r} is of type {type(value).__name__}; expected {_describe_type(expected)}; "
+                f"correct it in the config file or set --{where.replace('_', '-')}"
+            )
+
+
+def _is_of_type(value: Any, expected: Any) -> bool:
+    origin = get_origin(expected)
+    if origin is Literal:
+        return isinstance(value, str)  # which one, `_require_choice` says
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of_type(item, get_args(expected)[0]) for item in value)
+    if origin in (Union, types.UnionType):
+        return any(_is_of_type(value, option) for option in get_args(expected))
+    if isinstance(value, bool):  # Python's bool is an int; a count that is True is a mistake
+        return expected is bool
+    if expected is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, expected)
+
+
+def _describe_type(expected: Any) -> str:
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin is tuple:
+        return f"a tuple, each item {_describe_type(arguments[0])}"
+    if arguments:
+        return " or ".join(map(_describe_type, arguments))
+    return _TYPE_NAMES.get(expected, f"a {expected.__name__}")
 
 
 def _require_positive(section: str, config: Any, *names: str) -> None:
@@ -84,6 +129,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
+        _require_types("model", self)
         _require_positive(
             "model", self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size",
             "num_experts", "experts_per_token", "max_length", "rope_theta", "norm_epsilon", "moe_every", "attention_window",
@@ -139,6 +185,7 @@ class MeshConfig:
     stage: int = 1
 
     def __post_init__(self) -> None:
+        _require_types("mesh", self)
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             if size != -1 and size < 1:
@@ -161,6 +208,7 @@ class Domain:
     path: str | None = None
 
     def __post_init__(self) -> None:
+        _require_types("data.domains", self)
         if not self.weight > 0:
             raise UserError(f"data domain {self.name!r} has weight {self.weight}; expected more than 0, or leave the domain out")
 
@@ -178,6 +226,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _require_types("data", self)
         _require_positive("data", self, "sequence_length", "max_megabytes")
         if not 0 < self.held_out_fraction < 1:
             raise UserError(f"data.held_out_fraction={self.held_out_fraction} must lie between 0 and 1 (both excluded)")
@@ -217,7 +266,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_positive("train", self, "steps", "batch_size", "learning_rate", "adam_learning_rate", "clip_norm", "log_every", "save_every")
+        _require_types("train", self)
+        _require_positive(
+            "train", self, "steps", "batch_size", "learning_rate", "adam_learning_rate", "clip_norm", "log_every", "save_every"
+        )
         _require_positive("train", self, "eval_kilobytes", "keep_checkpoints")
         _require_choice("train", self, "optimizer", ("adamw", "muon"))
         _require_choice("train", self, "schedule", ("cosine", "constant"))
@@ -238,6 +290,7 @@ class SampleConfig:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        _require_types("sample", self)
         if self.max_new_tokens < 0 or self.top_k < 0 or self.temperature < 0:
             raise UserError(
                 f"sample.max_new_tokens={self.max_new_tokens}, sample.top_k={self.top_k} and sample.temperature={self.temperature} "
@@ -260,6 +313,7 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        _require_types("", self)
         if self.data.sequence_length > self.model.max_length:
             raise UserError(
                 f"data.sequence_length={self.data.sequence_length} is longer than model.max_length={self.model.max_length}; "
@@ -285,7 +339,10 @@ def _from_json(kind: type, values: dict[str, Any], where: str) -> Any:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{where} has an unknown field {name!r}{hint}; it may come from a newer version of moejax")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def model_from_json(values: dict[str, Any], where: str = "model config") -> ModelConfig:

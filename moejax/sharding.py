@@ -29,7 +29,9 @@ def resolve_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if num_devices % fixed or (-1 not in sizes.values() and fixed != num_devices):
         asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
-        raise UserError(f"mesh {asked or 'of one device'} takes {fixed} devices, but there are {num_devices}; change an axis, or set one to -1")
+        raise UserError(
+            f"mesh {asked or 'of one device'} takes {fixed} devices, but there are {num_devices}; change an axis, or set one to -1"
+        )
     return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 

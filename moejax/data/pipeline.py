@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -181,7 +181,7 @@ def make_dataset(data: DataConfig, rows: Mapping[str, Rows], batch_size: int) ->
     import grain
 
     members = [
-        grain.MapDataset.source(rows[domain.name]).shuffle(seed=stable_key(domain.name, data.seed) % 2**32).repeat()
+        grain.MapDataset.source(cast(Any, rows[domain.name])).shuffle(seed=stable_key(domain.name, data.seed) % 2**32).repeat()
         for domain in data.sources
     ]
     return grain.MapDataset.mix(members, weights=[domain.weight for domain in data.sources]).batch(batch_size)

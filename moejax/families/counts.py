@@ -67,3 +67,18 @@ def _kind_of(leaf: str) -> str:
     if module == "moe":
         return "experts" if leaf in EXPERT_LEAVES else "router"
     return {"embed": "embedding", "attention": "attention", "residual": "residual_mlp", "mlp": "dense_mlp", "head": "head"}[module]
+
+
+def summarise(config: ModelConfig) -> str:
+    """A table of the parameters by kind of module: number, share, those one token meets, and bytes as stored."""
+    counts = count_parameters(config)
+    lines = [
+        f"{config.family}: {config.num_layers} layers, hidden size {config.hidden_size}, {config.num_experts} experts of width "
+        f"{config.intermediate_size}, {config.experts_per_token} a token, stored as {config.param_dtype}",
+        "",
+        f"{'kind':<14}{'parameters':>18}{'share':>8}{'per token':>18}{'bytes':>20}",
+    ]
+    for kind, count in counts.by_kind.items():
+        lines.append(f"{kind:<14}{count.total:>18,}{count.total / counts.total:>8.1%}{count.active:>18,}{count.bytes:>20,}")
+    lines.append(f"{'total':<14}{counts.total:>18,}{1:>8.1%}{counts.active:>18,}{counts.bytes:>20,}")
+    return "\n".join(lines)

@@ -1,5 +1,7 @@
 """The key/value cache of decoding: an explicit argument and an explicit result, never hidden state."""
 
+import dataclasses
+
 import flax.struct
 from jax import Array
 from jax import numpy as jnp
@@ -43,4 +45,4 @@ def write_cache(
     slots = cache.lengths[:, None] + jnp.arange(keys.shape[1])[None, :]
     new_keys = cache.keys.at[layer, rows, slots].set(keys.astype(cache.keys.dtype), mode="drop")
     new_values = cache.values.at[layer, rows, slots].set(values.astype(cache.values.dtype), mode="drop")
-    return cache.replace(keys=new_keys, values=new_values), new_keys[layer], new_values[layer]
+    return dataclasses.replace(cache, keys=new_keys, values=new_values), new_keys[layer], new_values[layer]

@@ -1,5 +1,8 @@
 """The modules that own weights. Projection and ExpertKernel are the only readers of matmul weights."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 from jax import Array
@@ -12,7 +15,7 @@ from moejax.ops.matmul import project
 Axes = tuple[str | None, ...]
 
 
-def _normal(config: ModelConfig, axes: Axes):
+def _normal(config: ModelConfig, axes: Axes) -> Callable[..., Any]:
     return nn.with_logical_partitioning(nn.initializers.normal(config.initializer_range), axes)
 
 
@@ -53,7 +56,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
+        ones: Any = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
         scale = self.param("scale", ones, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
         wide = x.astype(jnp.float32)
         normalised = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.config.norm_epsilon)

@@ -1,11 +1,13 @@
 """The decoder: Block (one layer, wired as the family says), Period (the layers one scan step runs), Transformer."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import flax.struct
 import jax
+import numpy as np
 from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Bool, Float, Int
@@ -106,10 +108,14 @@ class Transformer(nn.Module):
 
     config: ModelConfig
 
+    if TYPE_CHECKING:  # Linen declares apply for modules that also return mutated collections
+
+        def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Outputs: ...
+
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array | np.ndarray, "B T"],
         mask: Any = None,
         positions: Any = None,
         segments: Any = None,
@@ -130,7 +136,7 @@ class Transformer(nn.Module):
         logits = project(features, head.astype(features.dtype)).astype(jnp.float32) if return_logits else None
         if cache is not None:
             added = jnp.full(tokens.shape[:1], tokens.shape[1]) if real is None else jnp.sum(real, axis=1)
-            cache = cache.replace(lengths=cache.lengths + added.astype(jnp.int32))
+            cache = dataclasses.replace(cache, lengths=cache.lengths + added.astype(jnp.int32))
         statistics = None if router is None else router.statistics
         zero = jnp.float32(0.0)
         return Outputs(
@@ -180,7 +186,7 @@ class Transformer(nn.Module):
                     _rematerialised(Period, config),
                     variable_axes={"params": 0},
                     split_rngs={"params": True},
-                    in_axes=(0, nn.broadcast),
+                    in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # a tuple is what scan takes
                     length=periods,
                     metadata_params={nn.PARTITION_NAME: "layers"},
                 )

@@ -24,11 +24,15 @@ def cross_entropy_reference(
     return -jnp.sum(weights * jnp.take_along_axis(log_probabilities, targets[:, None], axis=-1)[:, 0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
     x: Float[Array, "M D"], head: Float[Array, "V D"], targets: Int[Array, "M"], weights: Float[Array, "M"], chunk: int = CHUNK_ROWS
 ) -> Float[Array, ""]:
     """Sum over rows of weight * -log softmax(x headᵀ)[target], in float32; no gradient flows to `weights`."""
+    return jnp.asarray(_cross_entropy(x, head, targets, weights, chunk))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(x: Array, head: Array, targets: Array, weights: Array, chunk: int) -> Array:
     return jnp.sum(weights * token_losses(x, head, targets, chunk))
 
 
@@ -89,4 +93,4 @@ def _backward(chunk, saved, scale):
     return (x_gradient * scale).astype(x_gradient.dtype), (head_gradient * scale).astype(head_gradient.dtype), None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward)

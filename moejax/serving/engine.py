@@ -49,7 +49,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def prefill(model: Transformer, variables: Any, tokens: Array, mask: Array, cache: KVCache) -> tuple[Array, KVCache]:
+def prefill(model: Transformer, variables: Any, tokens: Array, mask: Array, cache: KVCache) -> tuple[Array, Any]:
     """Reads prompts [B, T] (right-padded, `mask` 1 where real) into the cache; logits float32 [B, V] after each row's last token."""
     outputs = model.apply(variables, tokens, mask=mask, cache=cache, return_logits=False)
     last = jnp.sum(mask != 0, axis=1) - 1
@@ -59,10 +59,10 @@ def prefill(model: Transformer, variables: Any, tokens: Array, mask: Array, cach
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def decode_step(model: Transformer, variables: Any, tokens: Array, cache: KVCache) -> tuple[Array, KVCache]:
+def decode_step(model: Transformer, variables: Any, tokens: Array, cache: KVCache) -> tuple[Array, Any]:
     """One more token a row: tokens [B] -> logits float32 [B, V] and the cache, updated in place."""
     outputs = model.apply(variables, tokens[:, None], cache=cache)
-    return outputs.logits[:, 0], outputs.cache
+    return jnp.asarray(outputs.logits)[:, 0], outputs.cache
 
 
 @jax.jit

@@ -3,6 +3,7 @@
 import functools
 import math
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ class Trainer:
                 if done % train.log_every == 0 or done == train.steps or done == start + 1:
                     values = {name: float(value) for name, value in metrics.items()}
                     rate = progress.update(done, values["loss"])
-                    row = {"step": done, "tokens": done * tokens_per_step, **values, "learning_rate": float(schedule(step))}
+                    row = {"step": done, "tokens": done * tokens_per_step, **values, "learning_rate": float(jnp.asarray(schedule(step)))}
                     metrics_log.write({**row, "tokens_per_second": rate})
                 if interrupted():
                     self.log(f"interrupted; saving step {done}: the same command goes on from there")
@@ -142,6 +143,8 @@ class Trainer:
                     self.save(state)
                 if train.eval_every and done % train.eval_every == 0 and done < train.steps:
                     self.evaluate(state)
+            if interrupted():  # during the last save or before the first step: nothing is left to save
+                raise KeyboardInterrupt
         return state
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -167,9 +170,15 @@ class Trainer:
 
 @contextmanager
 def interruption() -> Iterator[Callable[[], bool]]:
-    """Within it, Ctrl-C and SIGTERM only raise a flag, which the yielded function reads; a second one acts at once."""
+    """Within it, Ctrl-C and SIGTERM only raise a flag, which the yielded function reads; a second one acts at once.
+
+    Only a process's main thread may handle signals: in another one, as in some notebooks, they stay with whoever handles them.
+    """
     seen: list[int] = []
     previous = {}
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
 
     def handle(number: int, frame: Any) -> None:
         seen.append(number)
@@ -182,4 +191,4 @@ def interruption() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set from Python

@@ -27,7 +27,7 @@ def learning_rate_schedule(config: TrainConfig, peak: float) -> optax.Schedule:
     if config.schedule == "constant":
         after: optax.Schedule = optax.constant_schedule(peak)
     else:
-        after = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), config.final_learning_rate_fraction)
+        after = optax.cosine_decay_schedule(peak, max(config.steps - 1 - warmup, 1), config.final_learning_rate_fraction)
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup])

@@ -11,7 +11,9 @@ from moejax.config import ModelConfig, UserError
 from moejax.model.transformer import Transformer, init_parameters
 from moejax.serving.engine import Engine, GenerationSettings
 
-CONFIG = ModelConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_layers=2, num_experts=4, initializer_range=0.4, eos_token_ids=(2,))
+CONFIG = ModelConfig(
+    vocab_size=50, hidden_size=16, intermediate_size=16, num_layers=2, num_experts=4, initializer_range=0.4, eos_token_ids=(2,)
+)
 MODEL = Transformer(CONFIG)
 VARIABLES = {"params": init_parameters(MODEL, jax.random.key(3))}
 PROMPTS = [[5, 6, 7], [9], [4, 4, 8, 30, 12, 1]]

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m moejax.bench NAME`. One file per measured thing; each prints a table, and JSON with --json."""
