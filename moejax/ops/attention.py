@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax
-from jax import Array
+from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Bool, Float, Int
 
@@ -70,11 +70,18 @@ def attend(
     """
     batch, time, num_heads, width = query.shape
     num_kv_heads = key.shape[2]
+    group = num_heads // num_kv_heads
     precision = precision_of(query.dtype)
-    grouped = query.reshape(batch, time, num_kv_heads, num_heads // num_kv_heads, width)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, precision=precision, preferred_element_type=jnp.float32)
-    scores = scores * width**-0.5
+
+    def heads_first(x: Array) -> Array:
+        return x.transpose(0, 2, 1, 3).reshape(batch * num_kv_heads, -1, width)
+
+    # The heads that share a key head are further rows of one matmul per key head: keys are never repeated.
+    rows = query.reshape(batch, time, num_kv_heads, group, width).transpose(0, 2, 3, 1, 4).reshape(batch * num_kv_heads, -1, width)
+    contract_width = (((2,), (2,)), ((0,), (0,)))
+    scores = lax.dot_general(rows, heads_first(key), contract_width, precision=precision, preferred_element_type=jnp.float32)
+    scores = (scores * width**-0.5).reshape(batch, num_kv_heads, group, time, -1)
     scores = jnp.where(visible[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", probabilities, value, precision=precision)
-    return out.reshape(batch, time, num_heads, width)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(rows.shape[0], rows.shape[1], -1)
+    out = lax.dot_general(probabilities, heads_first(value), (((2,), (1,)), ((0,), (0,))), precision=precision)
+    return out.reshape(batch, num_kv_heads, group, time, width).transpose(0, 3, 1, 2, 4).reshape(batch, time, num_heads, width)

@@ -12,7 +12,7 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
-from moejax.ops.grouped import grouped_matmul
+from moejax.ops.grouped import SPARE_ROWS, grouped_matmul
 from moejax.ops.matmul import precision_of
 from moejax.ops.routing import Routing
 
@@ -53,10 +53,16 @@ def apply_experts_sorted(x: Float[Array, "M D"], routing: Routing, weights: Expe
     order, place = sort_by_expert(routing.experts)
     group_sizes = jnp.sum(routing.experts.reshape(-1)[:, None] == jnp.arange(weights.gate.shape[0])[None, :], axis=0).astype(jnp.int32)
     rows = spread_rows(x, order, place)
-    hidden = jax.nn.silu(grouped_matmul(rows, weights.gate, group_sizes)) * grouped_matmul(rows, weights.up, group_sizes)
-    outputs = grouped_matmul(hidden, weights.down, group_sizes)
-    outputs = permute_rows(outputs, place, order).reshape(num_rows, per_token, -1)
+    gate, up = (grouped_matmul(rows, weight, group_sizes, SPARE_ROWS) for weight in (weights.gate, weights.up))
+    outputs = grouped_matmul(gated(gate, up), weights.down, group_sizes, SPARE_ROWS)
+    outputs = collect_rows(outputs, place, order).reshape(num_rows, per_token, -1)
     return jnp.sum(routing.weights[:, :, None] * outputs.astype(jnp.float32), axis=1).astype(x.dtype)
+
+
+@jax.checkpoint
+def gated(gate: Array, up: Array) -> Array:
+    """silu(gate) * up; the backward pass recomputes it from the two instead of reading kept intermediates."""
+    return jax.nn.silu(gate) * up
 
 
 def sort_by_expert(experts: Int[Array, "M A"]) -> tuple[Int[Array, "MA"], Int[Array, "MA"]]:
@@ -68,25 +74,31 @@ def sort_by_expert(experts: Int[Array, "M A"]) -> tuple[Int[Array, "MA"], Int[Ar
 
 
 # Both moves of rows are gathers, and so are their gradients: written out, because the derivative of a gather is otherwise a
-# scatter-add, which is slow on every platform.
+# scatter-add, which is slow on every platform. Behind the sorted rows stand SPARE_ROWS of zeros (see ops.grouped).
+
+
+def _gather(rows: Array, index: Array) -> Array:
+    """rows[index], and SPARE_ROWS of zeros behind it."""
+    spare = jnp.full(SPARE_ROWS, rows.shape[0], index.dtype)
+    return jnp.take(rows, jnp.concatenate([index, spare]), axis=0, mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
-def permute_rows(rows: Float[Array, "M D"], index: Int[Array, "M"], inverse: Int[Array, "M"]) -> Float[Array, "M D"]:
-    """rows[index], where `index` is a permutation and `inverse` its inverse."""
-    return rows[index]
+def collect_rows(rows: Float[Array, "sorted D"], place: Int[Array, "MA"], order: Int[Array, "MA"]) -> Float[Array, "MA D"]:
+    """From sorted rows (spare ones behind them) back to the order of the choices: rows[place]; `order` is its inverse."""
+    return rows[place]
 
 
-permute_rows.defvjp(
-    lambda rows, index, inverse: (rows[index], inverse),
-    lambda inverse, gradient: (gradient[inverse], None, None),
+collect_rows.defvjp(
+    lambda rows, place, order: (rows[place], order),
+    lambda order, gradient: (_gather(gradient, order), None, None),
 )
 
 
 @jax.custom_vjp
-def spread_rows(x: Float[Array, "M D"], order: Int[Array, "MA"], place: Int[Array, "MA"]) -> Float[Array, "MA D"]:
-    """Row i of the result is the row of `x` that choice order[i] belongs to."""
-    return x[order // (order.shape[0] // x.shape[0])]
+def spread_rows(x: Float[Array, "M D"], order: Int[Array, "MA"], place: Int[Array, "MA"]) -> Float[Array, "sorted D"]:
+    """Row i of the result is the row of `x` that choice order[i] belongs to; then spare rows of zeros."""
+    return _gather(x, order // (order.shape[0] // x.shape[0]))
 
 
 def _spread_forward(x, order, place):

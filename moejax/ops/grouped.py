@@ -15,8 +15,10 @@ from jaxtyping import Float, Int
 
 from moejax.ops.matmul import precision_of
 
-BLOCK_ROWS = 256  # rows of one matmul: enough to keep two cores busy, few enough that a block stays in cache
-TAIL_ROWS = 32  # the rest of a group goes in blocks of this many, so that at most 31 rows are computed for nothing
+# Rows of one matmul. Large blocks keep the cores busy; the smaller ones finish a group, so that at most 15 rows are computed for nothing.
+BLOCK_ROWS = (256, 64, 16)
+# Rows a caller may append that belong to no group. With them, blocks that reach past the last group need no padded copies of the rows.
+SPARE_ROWS = BLOCK_ROWS[-1]
 
 Rows = Float[Array, "M inside"]
 Weights = Float[Array, "E outside inside"]
@@ -31,9 +33,13 @@ def grouped_matmul_reference(x: Rows, weights: Weights, group_sizes: Sizes) -> F
     return jnp.sum(jnp.where(mine[:, :, None], everything, 0), axis=1)
 
 
-def grouped_matmul(x: Rows, weights: Weights, group_sizes: Sizes) -> Float[Array, "M outside"]:
-    """y[m] = W[g(m)] x[m], where the first group_sizes[0] rows belong to group 0, and so on; sizes sum to M."""
-    return lax.platform_dependent(x, weights, group_sizes, cpu=grouped_matmul_blocked, default=grouped_matmul_ragged)
+def grouped_matmul(x: Rows, weights: Weights, group_sizes: Sizes, spare_rows: int = 0) -> Float[Array, "M outside"]:
+    """y[m] = W[g(m)] x[m], where the first group_sizes[0] rows belong to group 0, and so on; sizes sum to M - spare_rows.
+
+    The last `spare_rows` rows belong to no group: their results are finite where x is, but mean nothing.
+    """
+    blocked = functools.partial(grouped_matmul_blocked, spare_rows=spare_rows)
+    return lax.platform_dependent(x, weights, group_sizes, cpu=blocked, default=grouped_matmul_ragged)
 
 
 def grouped_matmul_ragged(x: Rows, weights: Weights, group_sizes: Sizes) -> Float[Array, "M outside"]:
@@ -44,52 +50,59 @@ def grouped_matmul_ragged(x: Rows, weights: Weights, group_sizes: Sizes) -> Floa
     return lax.ragged_dot_general(x, weights, group_sizes, dimensions, precision=precision_of(x.dtype))
 
 
-@jax.custom_vjp
-def grouped_matmul_blocked(x: Rows, weights: Weights, group_sizes: Sizes) -> Float[Array, "M outside"]:
+def grouped_matmul_blocked(x: Rows, weights: Weights, group_sizes: Sizes, spare_rows: int = 0) -> Float[Array, "M outside"]:
     """In blocks of one group's rows; forward, row gradient and weight gradient all do only the rows' own work."""
-    return _multiply(x, weights, group_sizes, transpose=False)
+    return jnp.asarray(_blocked(x, weights, group_sizes, spare_rows))
 
 
-def _forward(x: Rows, weights: Weights, group_sizes: Sizes):
-    return _multiply(x, weights, group_sizes, transpose=False), (x, weights, group_sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _blocked(x: Array, weights: Array, group_sizes: Array, spare_rows: int) -> Array:
+    return _multiply(x, weights, group_sizes, spare_rows, transpose=False)
 
 
-def _backward(saved, gradient):
+def _forward(x: Array, weights: Array, group_sizes: Array, spare_rows: int):
+    return _multiply(x, weights, group_sizes, spare_rows, transpose=False), (x, weights, group_sizes)
+
+
+def _backward(spare_rows: int, saved, gradient: Array):
     x, weights, group_sizes = saved
-    return _multiply(gradient, weights, group_sizes, transpose=True), _weight_gradient(x, gradient, group_sizes), None
+    row_gradient = _multiply(gradient, weights, group_sizes, spare_rows, transpose=True)
+    return row_gradient, _weight_gradient(x, gradient, group_sizes, spare_rows), None
 
 
-grouped_matmul_blocked.defvjp(_forward, _backward)
+_blocked.defvjp(_forward, _backward)
 
 
 def _over_blocks(start: Array, size: Array, num_rows: int, body: Callable, carry):
-    """Folds `body(first row, number of rows, carry)` over a group's rows: whole blocks, then tail blocks.
+    """Folds `body(first row, number of rows, carry)` over a group's rows: as many blocks of each size as fit, largest first.
 
-    The last tail block reaches at most TAIL_ROWS - 1 rows past the group, so callers pad their rows by TAIL_ROWS.
+    The last block reaches less than SPARE_ROWS rows past the group, so callers have that many behind their rows.
     """
-    whole = size // BLOCK_ROWS if num_rows >= BLOCK_ROWS else 0
-    carry = carry if num_rows < BLOCK_ROWS else lax.fori_loop(0, whole, lambda i, c: body(start + i * BLOCK_ROWS, BLOCK_ROWS, c), carry)
-    rest = start + whole * BLOCK_ROWS
-    tails = (size - whole * BLOCK_ROWS + TAIL_ROWS - 1) // TAIL_ROWS
-    return lax.fori_loop(0, tails, lambda i, c: body(rest + i * TAIL_ROWS, TAIL_ROWS, c), carry)
+    for rows in BLOCK_ROWS:
+        if rows > num_rows and rows != BLOCK_ROWS[-1]:
+            continue
+        count = (size + rows - 1) // rows if rows == BLOCK_ROWS[-1] else size // rows
+        carry = lax.fori_loop(0, count, lambda i, c, rows=rows, start=start: body(start + i * rows, rows, c), carry)
+        start, size = start + count * rows, size - count * rows
+    return carry
 
 
-def _pad_tail(rows: Array) -> Array:
-    return jnp.pad(rows, ((0, TAIL_ROWS), (0, 0)))
+def _pad_tail(rows: Array, spare_rows: int) -> Array:
+    return rows if spare_rows >= SPARE_ROWS else jnp.pad(rows, ((0, SPARE_ROWS - spare_rows), (0, 0)))
 
 
 def _group_starts(group_sizes: Array) -> Array:
     return (jnp.cumsum(group_sizes) - group_sizes).astype(group_sizes.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="transpose")
-def _multiply(x: Array, weights: Array, group_sizes: Array, transpose: bool) -> Array:
+@functools.partial(jax.jit, static_argnames=("spare_rows", "transpose"))
+def _multiply(x: Array, weights: Array, group_sizes: Array, spare_rows: int, transpose: bool) -> Array:
     """Rows times their group's weight, W x or (transpose) Wᵀ x.
 
     A group's last block may write into the next group's rows; groups go in order, so those rows are written again, rightly.
     """
     num_rows, (_, outside, inside) = x.shape[0], weights.shape
-    padded = _pad_tail(x)
+    padded = _pad_tail(x, spare_rows)
     contract = (((1,), (0 if transpose else 1,)), ((), ()))
 
     def group(out, inputs):
@@ -102,15 +115,15 @@ def _multiply(x: Array, weights: Array, group_sizes: Array, transpose: bool) -> 
 
         return _over_blocks(start, size, num_rows, block, out), None
 
-    out = jnp.zeros((num_rows + TAIL_ROWS, inside if transpose else outside), x.dtype)
+    out = jnp.zeros((padded.shape[0], inside if transpose else outside), x.dtype)
     out, _ = lax.scan(group, out, (weights, _group_starts(group_sizes), group_sizes))
     return out[:num_rows]
 
 
-@jax.jit
-def _weight_gradient(x: Array, gradient: Array, group_sizes: Array) -> Array:
+@functools.partial(jax.jit, static_argnames="spare_rows")
+def _weight_gradient(x: Array, gradient: Array, group_sizes: Array, spare_rows: int) -> Array:
     """Sum over a group's rows of gradient ⊗ x, for every group: [E, out, in]; zeros for a group without rows."""
-    padded_x, padded_gradient = _pad_tail(x), _pad_tail(gradient)
+    padded_x, padded_gradient = _pad_tail(x, spare_rows), _pad_tail(gradient, spare_rows)
     shape = (gradient.shape[1], x.shape[1])
 
     def group(carry, inputs):

@@ -43,6 +43,23 @@ def test_values_and_gradients_equal_the_reference(name, backend):
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * max(1.0, float(jnp.max(jnp.abs(theirs), initial=0.0))))
 
 
+@pytest.mark.parametrize("name", ["off every block", "empty ones", "whole blocks and tails"])
+def test_spare_rows_change_nothing(name):
+    """Rows behind the last group, whatever they hold, touch no group's result and no gradient of a weight."""
+    x, weights, sizes, cotangent = make(SIZES[name])
+
+    def run(x, cotangent, spare):
+        value, pull = jax.vjp(lambda x, w: grouped.grouped_matmul(x, w, sizes, spare), x, weights)
+        return value, *pull(cotangent)
+
+    value, x_gradient, weight_gradient = jax.jit(run, static_argnums=2)(x, cotangent, 0)
+    junk = jnp.full((grouped.SPARE_ROWS, x.shape[1]), 7.0)
+    spare = jax.jit(run, static_argnums=2)(jnp.concatenate([x, junk]), jnp.pad(cotangent, ((0, len(junk)), (0, 0))), len(junk))
+    np.testing.assert_allclose(spare[0][: len(x)], value, atol=1e-5)
+    np.testing.assert_allclose(spare[1][: len(x)], x_gradient, atol=1e-5)
+    np.testing.assert_allclose(spare[2], weight_gradient, atol=1e-4)
+
+
 def test_sizes_need_not_be_known_when_compiling():
     """One compiled program serves every split of the same number of rows."""
     x, weights, _, _ = make([64, 64, 64, 64])
