@@ -9,7 +9,7 @@ import jax
 from jax import numpy as jnp
 
 from moejax.config import UserError
-from moejax.model.transformer import Transformer
+from moejax.model.transformer import Transformer, stack_layers, unstack_layers
 from moejax.serving.engine import Engine, GenerationSettings
 
 
@@ -41,7 +41,7 @@ def load(path: str | Path, mesh: Any = None, dtype: Any = None, quantize: str | 
         config = store.read_metadata(directory).config
         config = config if name is None else replace(config, dtype=name, param_dtype=name)
         params = store.restore_params(directory, config, config.param_dtype)
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.tree.map(jnp.asarray, params if config.scan_layers else unstack_layers(params, config))
     tokenizer = find_tokenizer(directory) or find_tokenizer(Path(path))
     return Transformer(config), {"params": params}, tokenizer
 
@@ -67,7 +67,10 @@ def save(path: str | Path, model: Transformer, variables: dict[str, Any], tokeni
         if tokenizer is not None:
             tokenizer.save(directory)
 
-    store.save(path, variables["params"], model.config, write_extra=write_tokenizer)
+    params = variables["params"]
+    if not model.config.scan_layers:
+        params = stack_layers(params, model.config)
+    store.save(path, params, model.config, write_extra=write_tokenizer)
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 
 from moejax.config import ModelConfig
 from moejax.model.layers import ExpertKernel, Projection
-from moejax.ops.dispatch import ExpertWeights, apply_experts
+from moejax.ops.dispatch import apply_experts
+from moejax.ops.expert_mlp import ExpertWeights
 from moejax.ops.routing import RouterStatistics, route, router_statistics
 
 

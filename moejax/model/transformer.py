@@ -237,3 +237,14 @@ def unstack_layers(params: dict[str, Any], config: ModelConfig) -> dict[str, Any
         for period in range(config.num_layers // config.moe_every):
             tree[f"layer_{period * config.moe_every + j}"] = jax.tree.map(lambda leaf, p=period: leaf[p], stacked[f"block_{j}"])
     return tree
+
+
+def stack_layers(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The reverse of `unstack_layers`: the stacked tree, which is the one of every checkpoint."""
+    periods, stacked = config.num_layers // config.moe_every, {}
+    for j in range(config.moe_every if periods else 0):
+        layers = [params[f"layer_{period * config.moe_every + j}"] for period in range(periods)]
+        stacked[f"block_{j}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    in_periods = {f"layer_{layer}" for layer in range(periods * config.moe_every)}
+    tree = {name: value for name, value in params.items() if name not in in_periods}
+    return tree | ({"layers": stacked} if stacked else {})

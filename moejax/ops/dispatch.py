@@ -5,24 +5,17 @@
 with expert(x) = down(silu(gate x) * up x). `dense` is the reference; `sorted` does only the chosen experts' work.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
-from moejax.ops.grouped import SPARE_ROWS, grouped_matmul
+from moejax.ops.expert_mlp import ExpertWeights, expert_mlp
+from moejax.ops.grouped import SPARE_ROWS
 from moejax.ops.matmul import precision_of
 from moejax.ops.routing import Routing
-
-
-class ExpertWeights(NamedTuple):
-    """The three weights of every expert, output-major."""
-
-    gate: Float[Array, "E F D"]
-    up: Float[Array, "E F D"]
-    down: Float[Array, "E D F"]
 
 
 def apply_experts(
@@ -48,21 +41,14 @@ def apply_experts_dense(x: Float[Array, "M D"], routing: Routing, weights: Exper
 
 
 def apply_experts_sorted(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights) -> Float[Array, "M D"]:
-    """Rows copied once per chosen expert and sorted by expert, grouped matmuls, results brought back and summed."""
+    """Rows copied once per chosen expert and sorted by expert, the experts' MLPs, results brought back and summed."""
     num_rows, per_token = routing.experts.shape
     order, place = sort_by_expert(routing.experts)
     group_sizes = jnp.sum(routing.experts.reshape(-1)[:, None] == jnp.arange(weights.gate.shape[0])[None, :], axis=0).astype(jnp.int32)
     rows = spread_rows(x, order, place)
-    gate, up = (grouped_matmul(rows, weight, group_sizes, SPARE_ROWS) for weight in (weights.gate, weights.up))
-    outputs = grouped_matmul(gated(gate, up), weights.down, group_sizes, SPARE_ROWS)
+    outputs = expert_mlp(rows, weights, group_sizes, SPARE_ROWS)
     outputs = collect_rows(outputs, place, order).reshape(num_rows, per_token, -1)
     return jnp.sum(routing.weights[:, :, None] * outputs.astype(jnp.float32), axis=1).astype(x.dtype)
-
-
-@jax.checkpoint
-def gated(gate: Array, up: Array) -> Array:
-    """silu(gate) * up; the backward pass recomputes it from the two instead of reading kept intermediates."""
-    return jax.nn.silu(gate) * up
 
 
 def sort_by_expert(experts: Int[Array, "M A"]) -> tuple[Int[Array, "MA"], Int[Array, "MA"]]:

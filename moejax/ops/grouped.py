@@ -73,7 +73,7 @@ def _backward(spare_rows: int, saved, gradient: Array):
 _blocked.defvjp(_forward, _backward)
 
 
-def _over_blocks(start: Array, size: Array, num_rows: int, body: Callable, carry):
+def over_blocks(start: Array, size: Array, num_rows: int, body: Callable, carry):
     """Folds `body(first row, number of rows, carry)` over a group's rows: as many blocks of each size as fit, largest first.
 
     The last block reaches less than SPARE_ROWS rows past the group, so callers have that many behind their rows.
@@ -87,11 +87,13 @@ def _over_blocks(start: Array, size: Array, num_rows: int, body: Callable, carry
     return carry
 
 
-def _pad_tail(rows: Array, spare_rows: int) -> Array:
+def pad_rows(rows: Array, spare_rows: int) -> Array:
+    """The rows with SPARE_ROWS behind the last group, `spare_rows` of which are there already."""
     return rows if spare_rows >= SPARE_ROWS else jnp.pad(rows, ((0, SPARE_ROWS - spare_rows), (0, 0)))
 
 
-def _group_starts(group_sizes: Array) -> Array:
+def group_starts(group_sizes: Array) -> Array:
+    """The first row of each group."""
     return (jnp.cumsum(group_sizes) - group_sizes).astype(group_sizes.dtype)
 
 
@@ -102,7 +104,7 @@ def _multiply(x: Array, weights: Array, group_sizes: Array, spare_rows: int, tra
     A group's last block may write into the next group's rows; groups go in order, so those rows are written again, rightly.
     """
     num_rows, (_, outside, inside) = x.shape[0], weights.shape
-    padded = _pad_tail(x, spare_rows)
+    padded = pad_rows(x, spare_rows)
     contract = (((1,), (0 if transpose else 1,)), ((), ()))
 
     def group(out, inputs):
@@ -113,17 +115,17 @@ def _multiply(x: Array, weights: Array, group_sizes: Array, spare_rows: int, tra
             result = lax.dot_general(rows, weight, contract, precision=precision_of(x.dtype))
             return lax.dynamic_update_slice_in_dim(out, result, first, 0)
 
-        return _over_blocks(start, size, num_rows, block, out), None
+        return over_blocks(start, size, num_rows, block, out), None
 
     out = jnp.zeros((padded.shape[0], inside if transpose else outside), x.dtype)
-    out, _ = lax.scan(group, out, (weights, _group_starts(group_sizes), group_sizes))
+    out, _ = lax.scan(group, out, (weights, group_starts(group_sizes), group_sizes))
     return out[:num_rows]
 
 
 @functools.partial(jax.jit, static_argnames="spare_rows")
 def _weight_gradient(x: Array, gradient: Array, group_sizes: Array, spare_rows: int) -> Array:
     """Sum over a group's rows of gradient ⊗ x, for every group: [E, out, in]; zeros for a group without rows."""
-    padded_x, padded_gradient = _pad_tail(x, spare_rows), _pad_tail(gradient, spare_rows)
+    padded_x, padded_gradient = pad_rows(x, spare_rows), pad_rows(gradient, spare_rows)
     shape = (gradient.shape[1], x.shape[1])
 
     def group(carry, inputs):
@@ -136,6 +138,6 @@ def _weight_gradient(x: Array, gradient: Array, group_sizes: Array, spare_rows: 
             outer = lax.dot_general(left, right, (((0,), (0,)), ((), ())), precision=precision_of(x.dtype))
             return total + outer
 
-        return carry, _over_blocks(start, size, x.shape[0], block, jnp.zeros(shape, x.dtype))
+        return carry, over_blocks(start, size, x.shape[0], block, jnp.zeros(shape, x.dtype))
 
-    return lax.scan(group, None, (_group_starts(group_sizes), group_sizes))[1]
+    return lax.scan(group, None, (group_starts(group_sizes), group_sizes))[1]

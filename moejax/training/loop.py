@@ -18,7 +18,7 @@ from jax import numpy as jnp
 
 from moejax.checkpoint import store
 from moejax.config import RunConfig, to_json
-from moejax.model.transformer import Transformer
+from moejax.model.transformer import Transformer, stack_layers, unstack_layers
 from moejax.training.metrics import MetricsLog, Progress
 from moejax.training.objectives import negative_log_likelihoods, pretrain
 from moejax.training.state import TrainState, abstract_state, create_optimizer, create_state, learning_rate_schedule
@@ -40,7 +40,7 @@ def train_step(
         "loss": losses.ce,
         "router_aux_loss": losses.aux,
         "router_z_loss": losses.z,
-        "grad_norm": optax.global_norm(gradients),
+        "grad_norm": optax.tree.norm(gradients),
         "expert_load_entropy": load_entropy(outputs.router_statistics),
         "dropped_tokens": outputs.dropped.astype(jnp.float32),
     }
@@ -96,6 +96,8 @@ class Trainer:
         step = store.read_metadata(newest).step
         target = abstract_state(self.model, self.optimizer)
         params = store.restore_params(newest, self.config.model)
+        if not self.config.model.scan_layers:
+            params = unstack_layers(params, self.config.model)
         optimizer_state = store.restore_optimizer(newest, target.optimizer_state)
         self.log(f"resuming {self.directory} at step {step}")
         return TrainState(jnp.int32(step or 0), jax.tree.map(jnp.asarray, params), optimizer_state)
@@ -103,11 +105,11 @@ class Trainer:
     def save(self, state: TrainState) -> Path:
         """Writes checkpoints/<step>, then removes all but the newest few."""
         step = int(state.step)
-        target = self.directory / "checkpoints" / f"{step:08d}"
+        target = store.step_directory(self.directory, step)
         if not target.exists():
             store.save(
                 target,
-                state.params,
+                state.params if self.config.model.scan_layers else stack_layers(state.params, self.config.model),
                 self.config.model,
                 optimizer=state.optimizer_state,
                 step=step,

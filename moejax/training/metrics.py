@@ -35,8 +35,11 @@ class MetricsLog:
         kept = [line for line in lines if (row := _parse(line)) is not None and wanted(row)]
         if len(kept) < len(lines):
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(self.path)
+            try:
+                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.replace(self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ def weighted_losses(model: Transformer, variables: Any, outputs: Outputs, target
     features = outputs.features.reshape(-1, config.hidden_size)
     head = head_weight(variables["params"]).astype(features.dtype)
     share = (weights / jnp.maximum(jnp.sum(weights), 1e-8)).reshape(-1)
-    ce = cross_entropy(features, head, targets.reshape(-1), share)
+    ce = cross_entropy(features, head, jnp.asarray(targets).reshape(-1), share)
     total = ce + config.router_aux_loss_coefficient * outputs.aux_loss + config.router_z_loss_coefficient * outputs.z_loss
     return Losses(ce, outputs.aux_loss, outputs.z_loss, total)
 

@@ -1,5 +1,6 @@
 """The directory of a run: config.json, tokenizer, metrics.jsonl, checkpoints/. One directory holds one run."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -9,38 +10,57 @@ from moejax.config import RunConfig, UserError, to_json
 
 # Fields of the model that change how it is computed, not what it is: a run may go on with others.
 HOW_NOT_WHAT = {"dispatch", "dtype", "remat"}
+# What a run has that got as far as having text; from then on it can only be gone on with as it is.
+LEFT_BY_A_RUN = ("tokenizer.model", "tokenizer.json", "checkpoints")
 
 
 def claim_run_directory(config: RunConfig) -> Path:
     """Makes the run's directory and writes its config.json, or checks that the run found there is this one.
 
     A run may go on with other train, mesh and sample settings. Raises UserError, naming the fields, where the model or the data
-    differ: its weights would not fit, or its rows would not be the ones it has not seen yet.
+    differ: its weights would not fit, or its rows would not be the ones it has not seen yet. One that came to nothing (no text
+    found, say) keeps neither tokenizer nor weights, and is no obstacle.
     """
     directory = Path(config.directory)
     path = directory / "config.json"
     values = to_json(config)
     if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}); restore it, or train elsewhere with --run-dir") from error
-        _refuse_other_run(directory, before, values)
+        before = _read_config(path)
+        if any((directory / name).exists() for name in LEFT_BY_A_RUN):
+            _refuse_other_run(directory, before, values)
+    temporary = path.with_suffix(".tmp")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(values, indent=2) + "\n")
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write the run directory {directory}: {error.strerror}; choose another with --run-dir") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return directory
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; fix its permissions, or train elsewhere with --run-dir") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it, or train elsewhere with --run-dir") from error
+    if not isinstance(values, dict) or not all(isinstance(values.get(section), dict) for section in ("model", "data")):
+        raise UserError(
+            f"{path} is not the config of a run: it lacks the sections model and data (a published model's directory has a config.json "
+            "too); train elsewhere with --run-dir"
+        )
+    return values
 
 
 def _refuse_other_run(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     differences = []
     for section, ignored in (("model", HOW_NOT_WHAT), ("data", set())):
         for name, value in now[section].items():
-            old = before.get(section, {}).get(name)
+            old = before[section].get(name, value)  # a field newer than the run
             if name not in ignored and old != value:
                 differences.append(f"{section}.{name} was {old!r} and is now {value!r}")
     if differences:

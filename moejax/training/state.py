@@ -1,5 +1,6 @@
 """What a run carries from step to step, and the optimiser that moves it."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -81,22 +82,19 @@ def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
+def _create(model: Transformer, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    params = init_parameters(model, key)
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+_create_compiled = jax.jit(_create, static_argnums=(0, 1))
+
+
 def create_state(model: Transformer, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state, initialised under jit: the weights appear once, where they stay."""
-
-    @jax.jit
-    def create(key: Array) -> TrainState:
-        params = init_parameters(model, key)
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
-
-    return create(jax.random.key(seed))
+    return _create_compiled(model, optimizer, jax.random.key(seed))
 
 
 def abstract_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes and types of the state, nothing allocated."""
-
-    def create(key: Array) -> TrainState:
-        params = init_parameters(model, key)
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
-
-    return jax.eval_shape(create, jax.random.key(0))
+    return jax.eval_shape(functools.partial(_create, model, optimizer), jax.random.key(0))

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from moejax.ops.dispatch import ExpertWeights, apply_experts, collect_rows, sort_by_expert, spread_rows
+from moejax.ops.dispatch import apply_experts, collect_rows, sort_by_expert, spread_rows
+from moejax.ops.expert_mlp import ExpertWeights
 from moejax.ops.routing import Routing, route
 
 EXPERTS, WIDTH, FEED_FORWARD = 6, 8, 10
