@@ -68,7 +68,7 @@ def report(name: str, result: dict[str, Any], json_path: str | None) -> None:
         print(json.dumps(result))
         return
     for key, value in result.items():
-        print(f"{key:<28}{f'{value:,.4g}' if isinstance(value, float) else value}")
+        print(f"{key:<44}{f'{value:,.4g}' if isinstance(value, float) else value}")
     if json_path is not None:
         with open(json_path, "w") as file:
             json.dump(result, file, indent=2)

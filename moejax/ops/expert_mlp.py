@@ -5,7 +5,7 @@ it is in cache, forward and backward; elsewhere three grouped matmuls. `expert_m
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
@@ -74,7 +74,7 @@ def _put(into: Array, rows: Array, first: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="keep")
-def _run(rows: Array, weights: ExpertWeights, group_sizes: Array, keep: bool) -> tuple[Array, tuple[Array, Array] | None]:
+def _run(rows: Array, weights: ExpertWeights, group_sizes: Array, keep: bool) -> tuple[Array, Any]:
     """(results, what gate and up gave if `keep`). A block may write past its group; groups go in order, so the next writes there again."""
     width = weights.gate.shape[1]
     kept = (jnp.zeros((rows.shape[0], width), rows.dtype),) * 2 if keep else None
