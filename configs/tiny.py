@@ -2,9 +2,9 @@
 
     python train.py
 
-3,020,416 parameters, 1,840,768 of them met by a token: 4 layers of 8 experts, top-2, beside a dense residual. 600 steps of 4 x 256 tokens of
-prose, code and generated SQL. Expect under 3 minutes on two quiet cores and, on held-out text, about 1.84 bits per byte of prose, 1.68 of
-code and 0.61 of SQL, where gzip -9 needs 2.20, 1.81 and 1.44.
+3,020,416 parameters, 1,840,768 of them met by a token: 4 layers of 8 experts, top-2, beside a dense residual. 600 steps of 4 x 256
+tokens of prose, code and generated SQL. Expect under 3 minutes on two quiet cores and, on held-out text, about 1.84 bits per byte of
+prose, 1.68 of code and 0.61 of SQL, where gzip -9 needs 2.20, 1.81 and 1.44.
 """
 
 from moejax.config import DataConfig, Domain, ModelConfig, RunConfig, SampleConfig, TrainConfig

@@ -67,6 +67,17 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is damaged: its arrays cannot be read ({reason}); use another checkpoint")
 
 
+class _LateErrors(logging.Filter):
+    """Drops what asyncio says of the other writes of a save that has failed: it does so when they are collected, at any later time."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not ("never retrieved" in message and "orbax" in message)
+
+
+_late_errors = _LateErrors()
+
+
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
     """Keeps a failing Orbax from printing tracebacks of its threads: the error reaches the caller as an exception anyway."""
@@ -83,6 +94,7 @@ def _quiet_orbax() -> Iterator[None]:
     try:
         yield
     except BaseException:
+        logging.getLogger("asyncio").addFilter(_late_errors)
         time.sleep(0.5)  # for the late ones
         raise
     finally:
