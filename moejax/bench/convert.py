@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ class Arguments:
 
     directory: str = ""  # an empty or new directory on the disk to be measured; what is written there is removed
     layers: int = 2
+    repeats: int = 1
     dtype: str | None = None
     verify: bool = False
     json: str | None = None  # a file for the result; - prints only the JSON
@@ -45,16 +47,20 @@ def run(arguments: Arguments) -> None:
         largest = write_synthetic(work / "source", arguments.layers)
         size = sum(path.stat().st_size for path in (work / "source").iterdir())
         result = {"layers": arguments.layers, "source_bytes": size, "largest_tensor_bytes": largest}
-        # The copy before and after the conversion: a disk's speed drifts.
-        copies = [time_copy(work)]
-        seconds, anonymous = time_conversion(work, arguments)
-        copies.append(time_copy(work))
+        # In turns, and a copy at either end: a disk's speed drifts, and other work takes processor time from the conversion.
+        copies, conversions = [time_copy(work)], []
+        for _ in range(arguments.repeats):
+            conversions.append(time_conversion(work, arguments))
+            copies.append(time_copy(work))
+        seconds = float(np.median([conversion.seconds for conversion in conversions]))
         result |= {
-            "convert_seconds": seconds,
+            "convert_seconds": [conversion.seconds for conversion in conversions],
+            "convert_cpu_seconds": [conversion.cpu_seconds for conversion in conversions],
             "copy_seconds": copies,
-            "convert_over_copy": seconds / (sum(copies) / 2),
+            "convert_over_copy": seconds / float(np.mean(copies)),
             "convert_gb_per_s": size / 1e9 / seconds,
-            "peak_anonymous_bytes": anonymous,
+            "load_average": os.getloadavg()[0],
+            "peak_anonymous_bytes": max(conversion.peak_anonymous for conversion in conversions),
             "allowed_anonymous_bytes": int(1.5 * 2**30) + 4 * largest,
         }
     finally:
@@ -118,12 +124,22 @@ def time_copy(work: Path) -> float:
     return seconds
 
 
-def time_conversion(work: Path, arguments: Arguments) -> tuple[float, int]:
-    """Seconds of the command and a sync after it, and the peak of its anonymous memory: pages of files would count in others."""
+@dataclass(frozen=True)
+class Conversion:
+    """One run of the command and a sync after it; anonymous memory, because the pages of files that it reads are not its own."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_anonymous: int  # bytes
+
+
+def time_conversion(work: Path, arguments: Arguments) -> Conversion:
+    """Runs the command as a user would, and removes what it made."""
     _drop_cache(work / "source")
     command = [sys.executable, "-m", "moejax.checkpoint.convert", str(work / "source"), str(work / "converted")]
     command += ["--dtype", arguments.dtype] if arguments.dtype else []
     command += ["--verify"] if arguments.verify else []
+    used = _count_cpu()
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=sys.stderr)
     while process.poll() is None:
@@ -134,7 +150,13 @@ def time_conversion(work: Path, arguments: Arguments) -> tuple[float, int]:
     if process.returncode:
         raise UserError(f"the conversion ended with status {process.returncode}; its message stands above")
     shutil.rmtree(work / "converted")
-    return seconds, peak
+    return Conversion(seconds, _count_cpu() - used, peak)
+
+
+def _count_cpu() -> float:
+    """Seconds of processor time of the processes that this one has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def read_anonymous(process: int) -> int:
