@@ -110,9 +110,10 @@ def write_piece(directory: Path, layout: ArrayLayout, index: tuple[int, ...], pi
     Memory: one chunk beside the piece. May run in several threads at once, for different pieces.
     """
     numbers = view_codes(piece)  # copying bfloat16 as such is many times slower
+    chunk = np.empty(layout.chunks[len(index) :], numbers.dtype)  # one for all: memory taken and given back at once piles up
     sums = {}
     for name, part in list_chunks(layout, index).items():
-        chunk = np.ascontiguousarray(numbers[part])
+        np.copyto(chunk, numbers[part])
         if not is_finite(chunk, layout.dtype):
             raise ValueError("NaN or infinite")
         data = chunk.reshape(-1).view(np.uint8).data

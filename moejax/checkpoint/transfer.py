@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ from moejax.config import UserError
 from moejax.families.layout import Path as TreePath
 
 THREADS = 4  # each holds one piece; enough to read, check and write at once
+KEPT_BYTES = 1 << 27
 HASHED_AT_ONCE = 1 << 22
 
 
@@ -200,8 +202,13 @@ def compare_pieces(source: Source, layouts: dict[TreePath, ArrayLayout], directo
 
 
 def _take_buffer(buffers: threading.local, piece: Piece, dtype: np.dtype) -> np.ndarray:
-    """An array for a piece, in memory that the thread keeps: fresh memory costs as much as the reading."""
-    needed = int(np.prod(piece.shape)) * dtype.itemsize
+    """An array for a piece, in memory that the thread keeps: fresh memory costs as much as the reading.
+
+    The largest ones are few, and would make every thread that met one keep as much to the end.
+    """
+    needed = math.prod(piece.shape) * dtype.itemsize
+    if needed > KEPT_BYTES:
+        return np.empty(piece.shape, dtype)
     if getattr(buffers, "memory", None) is None or buffers.memory.size < needed:
         buffers.memory = None
         buffers.memory = np.empty(needed, np.uint8)

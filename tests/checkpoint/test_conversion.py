@@ -29,8 +29,9 @@ CASES = [
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Arrays are cut as those of large models are."""
+    """Arrays are cut, and memory is kept or not, as for large models."""
     monkeypatch.setattr(stream, "LARGEST_CHUNK", 20_000)
+    monkeypatch.setattr(transfer, "KEPT_BYTES", 30_000)
 
 
 @pytest.fixture
