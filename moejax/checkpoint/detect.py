@@ -6,7 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Literal
 
-from moejax.checkpoint.store import METADATA, STEPS, latest_step
+from moejax.checkpoint.manifest import METADATA
+from moejax.checkpoint.store import STEPS, latest_step
 from moejax.checkpoint.torch_files import INDEX, refuse_foreign_files
 from moejax.config import UserError
 

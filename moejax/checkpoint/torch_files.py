@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,13 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
 
 
 class TensorFiles:
-    """The tensors of a checkpoint directory by key, read only when asked for; files are opened once. Use as a context manager."""
+    """The tensors of a checkpoint directory by key, read only when asked for, by any thread; a context manager that closes the files."""
 
     def __init__(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         self.directory = directory
         self.tensors = tensors
         self._handles: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -127,8 +129,9 @@ class TensorFiles:
     def read_into(self, key: str, source_index: tuple[int | slice, ...], out: np.ndarray) -> None:
         """Fills `out` with the part `source_index` of tensor `key` (all of it where empty), in `out`'s dtype."""
         tensor = self.tensors[key]
-        if tensor.file not in self._handles:
-            self._handles[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+        with self._opening:
+            if tensor.file not in self._handles:
+                self._handles[tensor.file] = os.open(tensor.file, os.O_RDONLY)
         read_tensor_into(self._handles[tensor.file], tensor, source_index, out)
 
     def read(self, key: str) -> np.ndarray:
