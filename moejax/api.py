@@ -16,8 +16,9 @@ from moejax.serving.engine import Engine, GenerationSettings
 def load(path: str | Path, mesh: Any = None, dtype: Any = None, quantize: str | None = None) -> tuple[Transformer, dict[str, Any], Any]:
     """Reads a checkpoint: (model, variables, tokenizer).
 
-    path: a run directory of ours (its newest checkpoint), one checkpoint of ours, or a Hugging Face directory of a Mixtral or
-    an Arctic model (safetensors, one file or sharded). dtype: of weights and compute, "float32", "bfloat16" or "float16";
+    path: a run directory of ours (its newest checkpoint), one checkpoint of ours, a Hugging Face directory of a Mixtral or
+    an Arctic model (safetensors, one file or sharded), or a Mixtral in Mistral's own layout (params.json and
+    consolidated.*; .pth and .pt files need the `torch` extra). dtype: of weights and compute, "float32", "bfloat16" or "float16";
     None keeps the checkpoint's. With float32, matmuls run at full precision on every platform. The tokenizer is None where
     the directory has none. `model.config` is the ModelConfig; `model.apply(variables, tokens)` runs the model.
 
@@ -25,7 +26,7 @@ def load(path: str | Path, mesh: Any = None, dtype: Any = None, quantize: str | 
     (by name), and for tensors that are missing, unexpected or of the wrong shape. `mesh` and `quantize` are not there yet and
     raise NotImplementedError.
     """
-    from moejax.checkpoint import detect, store, torch_files
+    from moejax.checkpoint import detect, mistral_files, store, torch_files
     from moejax.data.text import find_tokenizer
 
     if mesh is not None:
@@ -34,9 +35,10 @@ def load(path: str | Path, mesh: Any = None, dtype: Any = None, quantize: str | 
         raise NotImplementedError(f"load(quantize={quantize!r}) is not implemented yet; leave quantize out")
     name = None if dtype is None else _dtype_name(dtype)
     kind, directory = detect.find_checkpoint(path)
-    if kind == "hf":
-        config = torch_files.read_model_config(directory, name)
-        params = torch_files.read_parameters(directory, config, config.param_dtype)
+    if kind != "moejax":
+        files = torch_files if kind == "hf" else mistral_files
+        config = files.read_model_config(directory, name)
+        params = files.read_parameters(directory, config, config.param_dtype)
     else:
         config = store.read_metadata(directory).config
         config = config if name is None else replace(config, dtype=name, param_dtype=name)
