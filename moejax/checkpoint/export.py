@@ -25,6 +25,7 @@ from moejax.checkpoint.names import Piece, list_pieces, to_source
 from moejax.checkpoint.safetensors_file import make_header
 from moejax.checkpoint.store import PARAMS, read_metadata
 from moejax.checkpoint.stored_slices import StoredSlices
+from moejax.checkpoint.tokenizer_export import write_tokenizer_config
 from moejax.checkpoint.torch_files import INDEX, SINGLE
 from moejax.config import ModelConfig, UserError
 from moejax.families import get_family
@@ -196,6 +197,7 @@ def _copy_companions(destination: Path, places: tuple[Path, ...], config: ModelC
         found = next((files for place in places if (files := sorted(place.glob(pattern)))), [])
         for file in found:
             shutil.copyfile(file, destination / file.name)
+    write_tokenizer_config(destination)
     if with_generation and not (destination / GENERATION).exists():
         eos = config.eos_token_ids
         values = {"bos_token_id": config.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None}

@@ -60,13 +60,13 @@ def test_a_run_is_exported_with_its_tokenizer_from_its_newest_checkpoint(tmp_pat
     older = dict(tree, final_norm={"scale": np.zeros(16, np.float32)})
     for step, params in ((1, older), (2, tree)):
         store.save(store.step_directory(tmp_path / "run", step), params, small_mixtral, step=step)
-    (tmp_path / "run" / "tokenizer.model").write_bytes(b"pieces")
+    (tmp_path / "run" / "tokenizer.json").write_bytes(b"{}")
     (store.step_directory(tmp_path / "run", 2) / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     sizes = []
     export(tmp_path / "run", tmp_path / "theirs", report=lambda done, total: sizes.append((done, total)))
     config = torch_files.read_model_config(tmp_path / "theirs")
     assert_equal_trees(tree, torch_files.read_parameters(tmp_path / "theirs", config))
-    assert (tmp_path / "theirs" / "tokenizer.model").read_bytes() == b"pieces"
+    assert (tmp_path / "theirs" / "tokenizer.json").read_bytes() == b"{}"
     assert json.loads((tmp_path / "theirs" / "generation_config.json").read_text()) == {"eos_token_id": [2, 3]}
     assert sizes[-1][0] == sizes[-1][1] == sum(value.nbytes for value in load_file(tmp_path / "theirs" / "model.safetensors").values())
 
