@@ -18,8 +18,9 @@ def load(
 ) -> tuple[Transformer, dict[str, Any], Any]:
     """Reads a checkpoint: (model, variables, tokenizer).
 
-    path: a run directory of ours (its newest checkpoint), one checkpoint of ours, or a Hugging Face directory of a Mixtral or
-    an Arctic model (safetensors, one file or sharded). dtype: of weights and compute, "float32", "bfloat16" or "float16";
+    path: a run directory of ours (its newest checkpoint), one checkpoint of ours, a Hugging Face directory of a Mixtral or
+    an Arctic model (safetensors, one file or sharded), or a Mixtral in Mistral's own layout (params.json and
+    consolidated.*; .pth and .pt files need the `torch` extra). dtype: of weights and compute, "float32", "bfloat16" or "float16";
     None keeps the checkpoint's. With float32, matmuls run at full precision on every platform. The tokenizer is None where
     the directory has none. `model.config` is the ModelConfig; `model.apply(variables, tokens)` runs the model. verify: every file
     of a checkpoint of ours is first compared with the checksum it was written with, which reads it once more.
@@ -38,7 +39,7 @@ def load(
         raise NotImplementedError(f"load(quantize={quantize!r}) is not implemented yet; leave quantize out")
     name = None if dtype is None else _dtype_name(dtype)
     kind, directory = detect.find_checkpoint(path)
-    if kind == "hf":
+    if kind != "moejax":
         with open_source(directory, name) as source:
             source.dtype = source.config.param_dtype  # one dtype for all, where the files have several
             config, params = source.config, read_tree(source)

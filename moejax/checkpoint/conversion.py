@@ -83,7 +83,10 @@ def convert(
 
 
 def make_plan(source: Source) -> Plan:
-    """The arrays that a source becomes, and what that takes."""
+    """The arrays that a source becomes, and what that takes. Raises UserError for weights in a dtype that no model of ours has."""
+    for path in source.dtypes:
+        if source.dtype_of(path).name not in DTYPES:
+            raise UserError(f"{source.directory}: the weights of {'/'.join(path)} are {source.dtype_of(path)}; name another with --dtype")
     shapes = {path: leaf.shape for path, leaf in flatten_leaves(abstract_parameters(source.config)).items()}
     stacked = {piece.path: len(piece.index) for piece in source.pieces}
     layouts = {path: plan_array(path, shape, source.dtype_of(path), stacked[path]) for path, shape in shapes.items()}

@@ -18,9 +18,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.checkpoint import mistral_files, torch_files
 from moejax.checkpoint.manifest import METADATA
-from moejax.checkpoint.names import Piece, list_pieces
-from moejax.checkpoint.torch_files import INDEX, SINGLE, check_tensors, choose_table, open_tensors, read_model_config
+from moejax.checkpoint.names import Piece, list_pieces, read_piece
+from moejax.checkpoint.torch_files import INDEX, SINGLE, TensorFiles
 from moejax.config import ModelConfig, UserError
 from moejax.families import get_family
 from moejax.families.layout import Path as TreePath
@@ -89,7 +90,8 @@ def open_source(path: str | Path, dtype: str | None = None) -> Iterator[Source]:
     chosen = layouts[0] if layouts else LAYOUTS[0]
     with chosen.open(directory, dtype) as source:
         if len(layouts) > 1:
-            source.layout += f" (chosen before {', '.join(layout.name for layout in layouts[1:])}, which lies there too)"
+            others = [layout.name for layout in layouts[1:]]
+            source.layout += f" (chosen before {', '.join(others)}, which {'lies' if len(others) == 1 else 'lie'} there too)"
         source.config = _take_generation_defaults(source.config, directory)
         source.extra_files = sorted({file for pattern in EXTRA_FILES for file in directory.glob(pattern) if file.is_file()})
         yield source
@@ -127,34 +129,49 @@ def _take_generation_defaults(config: ModelConfig, directory: Path) -> ModelConf
 @contextlib.contextmanager
 def _open_hugging_face(directory: Path, dtype: str | None) -> Iterator[Source]:
     """Safetensors of Hugging Face, one file or those of an index."""
-    config = read_model_config(directory, dtype)
-    with open_tensors(directory) as files:
-        table = choose_table(get_family(config.family), config, files)
-        check_tensors(config, table, files)
-        pieces = list_pieces(config, table)
-        dtypes: dict[TreePath, np.dtype] = {}
-        for piece in pieces:
-            dtype_here = files.dtype(piece.key)
-            before = dtypes.setdefault(piece.path, dtype_here)
-            dtypes[piece.path] = before if before == dtype_here else np.dtype(jnp.promote_types(before, dtype_here))
-        tensors = files.tensors
-        pieces.sort(key=lambda piece: (tensors[piece.key].file.name, tensors[piece.key].offset, piece.index, piece.path))
-        weights = sorted({tensor.file for tensor in tensors.values()})
-        described = [directory / name for name in ("config.json", INDEX) if (directory / name).exists()]
-        yield Source(
-            directory,
-            f"Hugging Face safetensors, {table.name} names, {len(weights)} file{'s' if len(weights) > 1 else ''}",
-            config,
-            pieces,
-            dtypes,
-            described + weights,
-            lambda piece, out: files.read_into(piece.key, piece.source_index, out),
-            lambda piece: tensors[piece.key].file,
-            dtype=dtype,
-        )
+    config = torch_files.read_model_config(directory, dtype)
+    with torch_files.open_tensors(directory) as files:
+        yield _make_source("Hugging Face", config, files, ("config.json", INDEX), dtype)
+
+
+@contextlib.contextmanager
+def _open_mistral(directory: Path, dtype: str | None) -> Iterator[Source]:
+    """Mistral's own layout: safetensors, or pickles."""
+    config = mistral_files.read_model_config(directory, dtype)
+    with mistral_files.open_tensors(directory) as files:
+        yield _make_source("Mistral", config, files, (mistral_files.PARAMS,), dtype)
+
+
+def _make_source(publisher: str, config: ModelConfig, files: TensorFiles, described_by: tuple[str, ...], dtype: str | None) -> Source:
+    """The source that open files are; `described_by` are the files beside them that belong to the model."""
+    table = torch_files.choose_table(get_family(config.family), config, files)
+    torch_files.check_tensors(config, table, files)
+    pieces = list_pieces(config, table)
+    dtypes: dict[TreePath, np.dtype] = {}
+    for piece in pieces:
+        dtype_here = files.dtype(piece.key)
+        before = dtypes.setdefault(piece.path, dtype_here)
+        dtypes[piece.path] = before if before == dtype_here else np.dtype(jnp.promote_types(before, dtype_here))
+    tensors = files.tensors
+    pieces.sort(key=lambda piece: (tensors[piece.key].file.name, tensors[piece.key].offset, piece.index, piece.path))
+    weights = sorted({tensor.file for tensor in tensors.values()})
+    kind = "safetensors" if weights[0].suffix == ".safetensors" else "pickles"
+    names = table.name.removeprefix(publisher)  # nothing, or a comma and what is special
+    return Source(
+        files.directory,
+        f"{publisher} {kind}{names}, {len(weights)} file{'s' if len(weights) > 1 else ''}",
+        config,
+        pieces,
+        dtypes,
+        [files.directory / name for name in described_by if (files.directory / name).exists()] + weights,
+        lambda piece, out: read_piece(piece, files.read_into, out),
+        lambda piece: tensors[piece.key].file,
+        dtype=dtype,
+    )
 
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout(f"Hugging Face, {INDEX}", lambda directory: (directory / INDEX).exists(), _open_hugging_face),
     Layout(f"Hugging Face, {SINGLE}", lambda directory: (directory / SINGLE).exists(), _open_hugging_face),
+    Layout("Mistral, consolidated", mistral_files.holds_consolidated, _open_mistral),
 )

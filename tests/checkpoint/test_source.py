@@ -9,20 +9,31 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.checkpoint import mistral_files, torch_files
 from moejax.checkpoint.source import LAYOUTS, open_source, read_tree
 from moejax.checkpoint.torch_files import read_model_config, read_parameters
 from moejax.config import UserError
 from moejax.families.layout import abstract_parameters, flatten_leaves
 
-CASES = ["mixtral_hf", "mixtral_hf_sharded", "arctic_parallel_mixed", "arctic_interleaved"]
+CASES = [
+    ("mixtral_hf", "", torch_files),
+    ("mixtral_hf_sharded", "", torch_files),
+    ("arctic_parallel_mixed", "", torch_files),
+    ("arctic_interleaved", "", torch_files),
+    ("mixtral_original_safetensors", "", mistral_files),
+    pytest.param("mixtral_original", "", mistral_files, marks=pytest.mark.torch),
+    pytest.param("mixtral_original_release8", "release8", mistral_files, marks=pytest.mark.torch),
+]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_tree_is_that_of_the_reader(case, golden, assert_equal_trees):
-    directory = golden(case).directory
+@pytest.mark.parametrize(("case", "folder", "reader"), CASES)
+def test_the_tree_is_that_of_the_reader(case, folder, reader, golden, assert_equal_trees):
+    directory = golden(case).directory / folder
+    if any(directory.glob("*.pt*")):
+        pytest.importorskip("torch", reason="the torch extra is not installed")
     with open_source(directory) as source:
-        assert source.config == read_model_config(directory)
-        assert_equal_trees(read_tree(source), read_parameters(directory, source.config))
+        assert source.config == reader.read_model_config(directory)
+        assert_equal_trees(read_tree(source), reader.read_parameters(directory, source.config))
         assert {path for path in source.dtypes} == set(flatten_leaves(abstract_parameters(source.config)))
 
 
@@ -50,6 +61,11 @@ def test_of_several_layouts_the_first_is_read_and_named(tmp_path, golden):
     (tmp_path / "a" / "model.safetensors").write_bytes(b"never read")
     with open_source(tmp_path / "a") as source:
         assert "chosen before Hugging Face, model.safetensors" in source.layout
+    shutil.copyfile(
+        golden("mixtral_original_safetensors").directory / "consolidated.safetensors", tmp_path / "a" / "consolidated.safetensors"
+    )
+    with open_source(tmp_path / "a") as source:
+        assert "Mistral, consolidated, which lie there too" in source.layout
     (tmp_path / "a" / "moejax.json").write_text("{}")
     with pytest.raises(UserError, match="is a checkpoint of moejax already"), open_source(tmp_path / "a"):
         pass
