@@ -1,5 +1,6 @@
 """The public functions that stand on everything else: load, save, generate, load_tokenizer."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,14 @@ from moejax.serving.engine import Engine, GenerationSettings
 
 
 def load(
-    path: str | Path, mesh: Any = None, dtype: Any = None, quantize: str | None = None, *, verify: bool = True
+    path: str | Path, mesh: Any = None, dtype: Any = None, quantize: str | None = None, *, verify: bool = True, revision: str | None = None
 ) -> tuple[Transformer, dict[str, Any], Any]:
     """Reads a checkpoint: (model, variables, tokenizer).
 
     path: a run directory of ours (its newest checkpoint), one checkpoint of ours, a Hugging Face directory of a Mixtral or
-    an Arctic model (safetensors, one file or sharded), or a Mixtral in Mistral's own layout (params.json and
-    consolidated.*; .pth and .pt files need the `torch` extra). dtype: of weights and compute, "float32", "bfloat16" or "float16";
+    an Arctic model (safetensors, one file or sharded), a Mixtral in Mistral's own layout (params.json and
+    consolidated.*; .pth and .pt files need the `torch` extra), or an id of the Hugging Face Hub ("organisation/model"; `revision` is a
+    branch, a tag or a commit), whose files are fetched once. dtype: of weights and compute, "float32", "bfloat16" or "float16";
     None keeps the checkpoint's. With float32, matmuls run at full precision on every platform. The tokenizer is None where
     the directory has none. `model.config` is the ModelConfig; `model.apply(variables, tokens)` runs the model. verify: every file
     of a checkpoint of ours is first compared with the checksum it was written with, which reads it once more.
@@ -29,7 +31,7 @@ def load(
     (by name), and for tensors that are missing, unexpected or of the wrong shape, and names a file that is damaged.
     `mesh` and `quantize` are not there yet and raise NotImplementedError.
     """
-    from moejax.checkpoint import detect, store
+    from moejax.checkpoint import detect, hub, store
     from moejax.checkpoint.source import open_source, read_tree
     from moejax.data.text import find_tokenizer
 
@@ -38,6 +40,7 @@ def load(
     if quantize is not None:
         raise NotImplementedError(f"load(quantize={quantize!r}) is not implemented yet; leave quantize out")
     name = None if dtype is None else _dtype_name(dtype)
+    path, _ = hub.locate(path, revision, lambda text: print(text, file=sys.stderr))
     kind, directory = detect.find_checkpoint(path)
     if kind != "moejax":
         with open_source(directory, name) as source:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoint import transfer
+from moejax.checkpoint import hub, transfer
 from moejax.checkpoint.atomic import full_disk_error, is_full_disk, move_into_place, remove_leftovers, sync_directory
 from moejax.checkpoint.manifest import write_manifest
 from moejax.checkpoint.source import Source, open_source
@@ -52,13 +52,17 @@ def convert(
     verify: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    merge_lora: str | Path | None = None,
+    lora_scaling: float | None = None,
+    revision: str | None = None,
     say: Say = lambda text: None,
 ) -> Path:
-    """Writes the published model in `source` as a checkpoint that `moejax.load` reads, and returns its path.
+    """Writes the published model `source`, a directory or an id of the Hub, as a checkpoint that `moejax.load` reads; returns its path.
 
     dtype: "float32", "bfloat16" or "float16"; None keeps that of every weight. verify: reads every tensor of source and checkpoint
     again and compares them bit by bit before the checkpoint appears. overwrite: replaces a checkpoint of moejax at `destination`.
-    dry_run: only says what would be done. `say` gets a line of text at each stage.
+    dry_run: only says what would be done. merge_lora: the directory of a LoRA adapter to merge into the weights, with the factor
+    `lora_scaling` instead of its own. revision: the branch, tag or commit of a Hub id. `say` gets a line of text at each stage.
 
     Raises UserError, and leaves `destination` as it was, for what `open_source` refuses, an existing destination, a disk without
     room, weights that are NaN or infinite (in `dtype`), files that cannot be read.
@@ -66,8 +70,14 @@ def convert(
     destination = Path(destination).expanduser().absolute()
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}, or nothing to keep the dtype of the weights")
-    with open_source(Path(source).expanduser(), dtype) as opened:
-        refuse_existing(destination, overwrite)
+    if lora_scaling is not None and merge_lora is None:
+        raise UserError(f"lora_scaling={lora_scaling:g} is given without an adapter; name its directory with merge_lora")
+    refuse_existing(destination, overwrite)
+    if dry_run and hub.is_id(source):
+        _describe_download(str(source), revision, say)
+        return destination
+    directory, name = hub.locate(source, revision, say)
+    with open_source(directory, dtype, merge_lora, lora_scaling) as opened:
         plan = make_plan(opened)
         say(describe_plan(opened, destination, plan))
         staging = destination.with_name(f".{destination.name}.converting")
@@ -75,11 +85,19 @@ def convert(
         if dry_run:
             return destination
         with _staged(destination, staging, plan):
-            _fill(opened, staging, plan, verify, say)
+            _fill(opened, name, staging, plan, verify, say)
             move_into_place(staging / UNFINISHED, destination)
             shutil.rmtree(staging, ignore_errors=True)
     say(f"{destination} is complete; read it with moejax.load({str(destination)!r}) or sample.py")
     return destination
+
+
+def _describe_download(identity: str, revision: str | None, say: Say) -> None:
+    """What converting a model of the Hub begins with; the rest is known once its files are here."""
+    files = hub.list_files(identity, revision)
+    if files is None:
+        raise UserError(f"{identity} is no directory here, and the Hub cannot be reached to say what it would be")
+    say(f"fetches {identity}: {len(files)} files, {show_bytes(sum(files.values()))}, into the cache of the Hub; writes about as much again")
 
 
 def make_plan(source: Source) -> Plan:
@@ -90,6 +108,8 @@ def make_plan(source: Source) -> Plan:
     shapes = {path: leaf.shape for path, leaf in flatten_leaves(abstract_parameters(source.config)).items()}
     stacked = {piece.path: len(piece.index) for piece in source.pieces}
     layouts = {path: plan_array(path, shape, source.dtype_of(path), stacked[path]) for path, shape in shapes.items()}
+    # One that is turned over, or rounded after a sum, needs its size again for a moment; the file's dtype may be twice as wide.
+    held = [2 if piece.transform or (source.adapter and source.adapter.touches(piece)) else 0 for piece in source.pieces]
     sizes = [math.prod(piece.shape) * layouts[piece.path].dtype.itemsize for piece in source.pieces]
     files = sum(len(list_chunks(layouts[piece.path], piece.index)) for piece in source.pieces)
     return Plan(
@@ -97,7 +117,8 @@ def make_plan(source: Source) -> Plan:
         read=sum(path.stat().st_size for path in source.files),
         write=sum(sizes) + sum(path.stat().st_size for path in source.extra_files) + 300 * (files + len(layouts)),
         files=files,
-        memory=INTERPRETER_BYTES + transfer.THREADS * (max(sizes) + LARGEST_CHUNK),
+        memory=INTERPRETER_BYTES
+        + transfer.THREADS * (max(size * (1 + more) for size, more in zip(sizes, held, strict=True)) + LARGEST_CHUNK),
     )
 
 
@@ -107,10 +128,12 @@ def describe_plan(source: Source, destination: Path, plan: Plan) -> str:
     dtypes = sorted({layout.dtype.name for layout in plan.layouts.values()})
     carried = ", ".join(path.name for path in source.extra_files) or "none"
     free = shutil.disk_usage(_existing_parent(destination)).free
+    merged = [] if source.adapter is None else [f"merges  {source.adapter.describe()}"]
     return "\n".join(
         [
             f"reads   {source.directory}: {source.layout}, {show_bytes(plan.read)}",
             f"model   {config.family}, {config.num_layers} layers, hidden size {config.hidden_size}, {config.num_experts} experts",
+            *merged,
             f"writes  {destination}: {show_bytes(plan.write)} of {' and '.join(dtypes)} in {plan.files:,} files",
             f"carries {carried}; EOS {', '.join(map(str, config.eos_token_ids)) or 'none'}",
             f"needs   {show_bytes(plan.write)} of disk ({show_bytes(free)} are free there), {show_bytes(plan.memory)} of memory",
@@ -158,7 +181,7 @@ def _staged(destination: Path, staging: Path, plan: Plan) -> Iterator[None]:
         raise
 
 
-def _fill(source: Source, staging: Path, plan: Plan, verify: bool, say: Say) -> None:
+def _fill(source: Source, name: str | None, staging: Path, plan: Plan, verify: bool, say: Say) -> None:
     """Makes staging/checkpoint a whole checkpoint, on the disk."""
     unfinished = staging / UNFINISHED
     with transfer.Journal(staging / JOURNAL, _fingerprint(source)) as journal:
@@ -184,14 +207,16 @@ def _fill(source: Source, staging: Path, plan: Plan, verify: bool, say: Say) -> 
         for path in source.extra_files:
             shutil.copyfile(path, unfinished / path.name)
         sums = {f"{PARAMS}/{name}": entry for files in journal.pieces.values() for name, entry in files.items()}
-        write_manifest(unfinished, describe_checkpoint(source.config, source=_describe_source(source, journal.hashes)), sums)
+        write_manifest(unfinished, describe_checkpoint(source.config, source=_describe_source(source, name, journal.hashes)), sums)
         sync_directory(unfinished)
 
 
-def _describe_source(source: Source, hashes: dict[str, str]) -> dict[str, Any]:
+def _describe_source(source: Source, name: str | None, hashes: dict[str, str]) -> dict[str, Any]:
     """Where the weights came from, for moejax.json; the SHA-256 of a file is what the Hugging Face Hub shows for it."""
-    files = [{"name": path.name, "bytes": path.stat().st_size, "sha256": hashes[path.name]} for path in source.files]
-    return {"name": source.directory.resolve().name, "layout": source.layout, "files": files}
+    labels = [(path, source.label(path)) for path in source.files]
+    files = [{"name": label, "bytes": path.stat().st_size, "sha256": hashes[label]} for path, label in labels]
+    values = {"name": name or source.directory.resolve().name, "layout": source.layout, "files": files}
+    return values if source.adapter is None else values | {"merged": source.adapter.describe()}
 
 
 def _fingerprint(source: Source) -> str:
@@ -199,5 +224,6 @@ def _fingerprint(source: Source) -> str:
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (*source.files, *source.extra_files)]
     dtypes = sorted((path, source.dtype_of(path).name) for path in source.dtypes)
     pieces = [(piece.path, piece.index, piece.key) for piece in source.pieces]
-    what = [str(source.directory.resolve()), source.layout, files, to_json(source.config), dtypes, pieces, LARGEST_CHUNK]
+    merged = None if source.adapter is None else source.adapter.describe()
+    what = [merged, str(source.directory.resolve()), source.layout, files, to_json(source.config), dtypes, pieces, LARGEST_CHUNK]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()

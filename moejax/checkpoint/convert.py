@@ -1,16 +1,20 @@
-"""moejax-convert SOURCE DESTINATION [--dtype bfloat16] [--dry-run] [--verify] [--overwrite]: a published model as a checkpoint of moejax.
+"""moejax-convert SOURCE DESTINATION: a published model as a checkpoint of moejax; with --to hf or --to mistral, the other way.
 
-SOURCE is a directory of a Mixtral or an Arctic model. Memory is that of a few tensors; a conversion that was killed goes on where it
-was when the same command is run again.
+SOURCE is a directory of a Mixtral or an Arctic model, or its id on the Hugging Face Hub; with --to, a checkpoint or a run of moejax.
+Memory is that of a few tensors; a conversion that was killed goes on where it was when the same command is run again.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 from moejax.cli import parse, run_command
 from moejax.config import UserError
 
-USAGE = "moejax-convert SOURCE DESTINATION [--dtype bfloat16] [--dry-run] [--verify] [--overwrite]"
+USAGE = (
+    "moejax-convert SOURCE DESTINATION [--dtype bfloat16] [--dry-run] [--verify] [--overwrite] [--merge-lora DIR [--lora-scaling X]] "
+    "[--revision NAME], or moejax-convert --to hf|mistral SOURCE DESTINATION [--max-shard-size 5GB]"
+)
+IMPORT_FLAGS = ("dtype", "dry_run", "verify", "overwrite", "merge_lora", "lora_scaling", "revision")
 
 
 def run(argv: list[str]) -> None:
@@ -18,16 +22,41 @@ def run(argv: list[str]) -> None:
     arguments = parse(argv, _make_arguments(), description=__doc__)
     if not arguments.source or not arguments.destination:
         raise UserError(f"a source and a destination are needed: {USAGE}")
+    if arguments.to is not None:
+        given = [f"--{name.replace('_', '-')}" for name in IMPORT_FLAGS if getattr(arguments, name) not in (None, False)]
+        if given or arguments.to not in ("hf", "mistral"):
+            what = f"{', '.join(given)} is not for --to" if given else f"--to {arguments.to}: expected hf or mistral"
+            raise UserError(f"{what}; use: {USAGE}")
+        _write_for_others(arguments.source, arguments.destination, arguments.to, arguments.max_shard_size)
+        return
+    if arguments.max_shard_size is not None:
+        raise UserError(f"--max-shard-size is for --to hf; use: {USAGE}")
+    if arguments.lora_scaling is not None and arguments.merge_lora is None:
+        raise UserError(f"--lora-scaling needs --merge-lora DIR, the adapter that it scales; use: {USAGE}")
     from moejax.checkpoint.conversion import convert  # here: a wrong flag is answered before jax is imported
 
-    convert(
-        arguments.source,
-        arguments.destination,
-        arguments.dtype,
-        verify=arguments.verify,
-        overwrite=arguments.overwrite,
-        dry_run=arguments.dry_run,
-        say=lambda text: print(text, flush=True),
+    flags = {name: getattr(arguments, name) for name in IMPORT_FLAGS}
+    convert(arguments.source, arguments.destination, **flags, say=lambda text: print(text, flush=True))
+
+
+def _write_for_others(source: str, destination: str, to: str, max_shard_size: str | None) -> None:
+    """Exports a checkpoint or a run, and says what was written."""
+    from pathlib import Path
+
+    from moejax.checkpoint.export import export
+    from moejax.checkpoint.transfer import Progress
+
+    progress = Progress("written", 0)
+
+    def report(done: int, total: int) -> None:
+        progress.total = total
+        progress.add(done - progress.done)
+
+    export(Path(source).expanduser(), Path(destination).expanduser(), cast(Literal["hf", "mistral"], to), max_shard_size or "5GB", report)
+    progress.finish()
+    files = sorted(path.name for path in Path(destination).expanduser().iterdir())
+    print(
+        f"{destination} is complete, {progress.total / 1e9:,.2f} GB of weights: {', '.join(files[:8])}{', ...' if len(files) > 8 else ''}"
     )
 
 
@@ -39,7 +68,7 @@ def _make_arguments() -> Any:
         """The arguments of moejax-convert."""
 
         source: Positional[str] = ""
-        """The directory of a published model."""
+        """The directory of a published model, or its id on the Hugging Face Hub; with --to, a checkpoint or a run of moejax."""
         destination: Positional[str] = ""
         """The new checkpoint's directory."""
         dtype: str | None = None
@@ -50,6 +79,16 @@ def _make_arguments() -> Any:
         """Compare every tensor with its source, bit by bit, before the checkpoint appears."""
         overwrite: bool = False
         """Replace a checkpoint of moejax at the destination."""
+        merge_lora: str | None = None
+        """The directory of a LoRA adapter, of PEFT or of mistral-inference, that is merged into the weights."""
+        lora_scaling: float | None = None
+        """The factor of the adapter, instead of what its configuration says (mistral-inference: 2)."""
+        revision: str | None = None
+        """Of a model on the Hub: a branch, a tag or a commit."""
+        to: str | None = None
+        """hf or mistral: write a checkpoint of moejax for others, as Hugging Face's or as Mistral's files."""
+        max_shard_size: str | None = None
+        """With --to hf: the largest file, 5GB by default."""
 
     return Arguments()
 

@@ -23,7 +23,7 @@ from moejax.checkpoint.mistral_files import CONSOLIDATED
 from moejax.checkpoint.mistral_files import PARAMS as PARAMS_JSON
 from moejax.checkpoint.names import Piece, list_pieces, to_source
 from moejax.checkpoint.safetensors_file import make_header
-from moejax.checkpoint.store import PARAMS, read_metadata
+from moejax.checkpoint.store import PARAMS, read_metadata, verify
 from moejax.checkpoint.stored_slices import StoredSlices
 from moejax.checkpoint.tokenizer_export import write_tokenizer_config
 from moejax.checkpoint.torch_files import INDEX, SINGLE
@@ -67,7 +67,8 @@ def export(
     generation_config.json. to="mistral": params.json and one consolidated.safetensors. Tokenizer files are copied. Weights keep their
     dtype. `report(done, total)` is called with bytes as they are written. Memory: one tensor, and one chunk of the checkpoint's.
 
-    Raises UserError where `dst` exists or does not fit the disk, and for a model that the layout has no words for.
+    Raises UserError where `dst` exists or does not fit the disk, for a model that the layout has no words for, and where `src` is
+    not as it was written.
     """
     kind, directory = find_checkpoint(src)
     destination = Path(dst).absolute()
@@ -77,6 +78,7 @@ def export(
         raise UserError(f"{src} is a published checkpoint already ({kind}); export writes checkpoints of moejax, convert it first")
     config = read_metadata(directory).config
     table, values = _choose_layout(config, to)
+    verify(directory, PARAMS)
     slices = StoredSlices(directory / PARAMS)
     _check_shapes(directory, slices, config)
     tensors = _list_tensors(config, table, slices)

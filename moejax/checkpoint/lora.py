@@ -27,6 +27,7 @@ from moejax.families.layout import flatten_leaves, insert_leaf
 PEFT_WEIGHTS = "adapter_model.safetensors"
 MISTRAL_WEIGHTS = "lora.safetensors"
 MISTRAL_SCALE = 2.0  # what mistral-inference's load_lora multiplies by unless told otherwise; the file does not say
+MERGED_AT_ONCE = 1 << 20  # numbers held in float32
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _FUSED = re.compile(r"(?P<experts>model\.layers\.(?P<layer>\d+)\.mlp\.experts)(\.base_layer)?")
 
@@ -49,18 +50,29 @@ class Adapter:
     format: str  # "PEFT" or "mistral-inference"
     updates: Mapping[tuple[tuple[str, ...], tuple[int, ...]], tuple[LowRank, ...]]
 
-    def delta_for(self, piece: Piece) -> np.ndarray | None:
-        """What is added to `tree[piece.path][piece.index]`, in float32; None where the adapter leaves it alone."""
-        found = self.updates.get((piece.path, piece.index), ())
-        if not found:
-            return None
-        return sum((np.float32(update.scale) * update.b) @ update.a for update in found)  # pyright: ignore[reportReturnType]
+    @property
+    def files(self) -> list[Path]:
+        """All that it is read from."""
+        described = self.file.with_name(PEFT_CONFIG)
+        return [described, self.file] if self.format == "PEFT" else [self.file]
 
-    def merge_into(self, piece: Piece, array: np.ndarray) -> None:
-        """Adds the update of `piece` to `array` (shape piece.shape, in the tree's order), in place; nothing where there is none."""
-        delta = self.delta_for(piece)
-        if delta is not None:
-            array[...] = (array.astype(np.float32) + delta).astype(array.dtype)
+    def touches(self, piece: Piece) -> bool:
+        """Whether the adapter changes `tree[piece.path][piece.index]`."""
+        return (piece.path, piece.index) in self.updates
+
+    def merge_into(self, piece: Piece, array: np.ndarray, out: np.ndarray | None = None) -> None:
+        """Writes `array` (shape piece.shape, in the tree's order) with the update of `piece` to `out` (None: to `array` itself).
+
+        The sum is taken in float32, some rows at a time, and rounded once to the dtype of `out`.
+        """
+        out = array if out is None else out
+        step = max(1, MERGED_AT_ONCE // piece.shape[-1])
+        for first in range(0, piece.shape[0], step):
+            rows = slice(first, first + step)
+            merged = array[rows].astype(np.float32)
+            for update in self.updates.get((piece.path, piece.index), ()):
+                merged += (np.float32(update.scale) * update.b[rows]) @ update.a
+            out[rows] = merged
 
     def describe(self) -> str:
         """One line: format, number of matrices, ranks and scales."""
@@ -83,7 +95,7 @@ def merge_lora(params: Mapping[str, Any], config: ModelConfig, adapter_directory
     leaves = flatten_leaves(dict(params))
     merged: dict[tuple[str, ...], np.ndarray] = {}
     for piece in list_pieces(config, get_family(config.family).tables[0]):
-        if (piece.path, piece.index) in adapter.updates:
+        if adapter.touches(piece):
             array = merged.setdefault(piece.path, np.array(leaves[piece.path]))
             adapter.merge_into(piece, array[(*piece.index, ...)])
     tree: dict[str, Any] = {}

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint import mistral_files, torch_files
+from moejax.checkpoint.lora import Adapter, open_adapter
 from moejax.checkpoint.manifest import METADATA
 from moejax.checkpoint.names import Piece, list_pieces, read_piece
+from moejax.checkpoint.store import STEPS
 from moejax.checkpoint.torch_files import INDEX, SINGLE, TensorFiles
 from moejax.config import ModelConfig, UserError
 from moejax.families import get_family
@@ -53,6 +55,12 @@ class Source:
     file_of: Callable[[Piece], Path]
     extra_files: list[Path] = field(default_factory=list)
     dtype: str | None = None
+    adapter: Adapter | None = None
+
+    def label(self, file: Path) -> str:
+        """The name of one of `files`, unlike that of all others: a model and its adapter may both have a config.json."""
+        is_adapters = self.adapter is not None and file in self.adapter.files
+        return f"adapter/{file.name}" if is_adapters else file.name
 
     def dtype_of(self, path: TreePath) -> np.dtype:
         """The dtype that the leaf at `path` is to have: the one asked for, else that of the files."""
@@ -74,17 +82,24 @@ def find_layouts(directory: Path) -> list[Layout]:
 
 
 @contextlib.contextmanager
-def open_source(path: str | Path, dtype: str | None = None) -> Iterator[Source]:
+def open_source(
+    path: str | Path, dtype: str | None = None, merge_lora: str | Path | None = None, lora_scaling: float | None = None
+) -> Iterator[Source]:
     """Opens the published model in the directory `path`; only headers are read. `dtype` is that of all leaves; None keeps the files'.
 
-    Where it has several layouts, the first of LAYOUTS is read, and `source.layout` says so. Raises UserError for what is no such
-    model, for formats that are not read, and for tensors that are missing, unexpected or of the wrong shape.
+    Where it has several layouts, the first of LAYOUTS is read, and `source.layout` says so. `merge_lora` is the directory of an
+    adapter that is added to the weights as they are read, `lora_scaling` its factor instead of its own. Raises UserError for what is
+    no such model, for formats that are not read, and for tensors that are missing, unexpected or of the wrong shape.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"{directory} {'is a file' if directory.exists() else 'does not exist'}; expected the directory of a model")
     if (directory / METADATA).exists():
-        raise UserError(f"{directory} is a checkpoint of moejax already (it has {METADATA}); there is nothing to convert")
+        raise UserError(
+            f"{directory} is a checkpoint of moejax already (it has {METADATA}); there is nothing to convert; --to writes it for others"
+        )
+    if (directory / STEPS).is_dir():
+        raise UserError(f"{directory} is a run of moejax (it has {STEPS}/); there is nothing to convert, --to writes it for others")
     layouts = find_layouts(directory)
     # Where nothing matches, the Hugging Face reader says what is there instead and what to do about it.
     chosen = layouts[0] if layouts else LAYOUTS[0]
@@ -94,7 +109,27 @@ def open_source(path: str | Path, dtype: str | None = None) -> Iterator[Source]:
             source.layout += f" (chosen before {', '.join(others)}, which {'lies' if len(others) == 1 else 'lie'} there too)"
         source.config = _take_generation_defaults(source.config, directory)
         source.extra_files = sorted({file for pattern in EXTRA_FILES for file in directory.glob(pattern) if file.is_file()})
+        if merge_lora is not None:
+            _merge_adapter(source, Path(merge_lora).expanduser(), lora_scaling)
         yield source
+
+
+def _merge_adapter(source: Source, directory: Path, scaling: float | None) -> None:
+    """Makes `source` give the weights with an adapter added, in float32 and rounded once."""
+    adapter = open_adapter(directory, source.config, scaling)
+    read_into = source.read_into
+
+    def read_merged(piece: Piece, out: np.ndarray) -> None:
+        if not adapter.touches(piece):
+            read_into(piece, out)
+            return
+        is_wide = jnp.promote_types(source.dtypes[piece.path], out.dtype) == out.dtype  # it holds what the file holds
+        exact = out if is_wide else np.empty(piece.shape, np.float32)
+        read_into(piece, exact)
+        adapter.merge_into(piece, exact, out)
+
+    source.read_into, source.adapter = read_merged, adapter
+    source.files += adapter.files
 
 
 def read_tree(source: Source) -> dict[str, Any]:

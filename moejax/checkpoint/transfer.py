@@ -163,7 +163,7 @@ def copy_pieces(source: Source, layouts: dict[TreePath, ArrayLayout], directory:
         progress.add(out.nbytes)
 
     def hash_file(file: Path) -> None:
-        journal.add_hash(file.name, _hash_file(file))
+        journal.add_hash(source.label(file), _hash_file(file))
 
     hashed = set(journal.hashes)
 
@@ -171,12 +171,12 @@ def copy_pieces(source: Source, layouts: dict[TreePath, ArrayLayout], directory:
         # A file is hashed while its pieces are copied: both need it, and it is read from the disk once.
         for number, piece in enumerate(source.pieces):
             file = source.file_of(piece)
-            if file.name not in hashed:
-                hashed.add(file.name)
+            if source.label(file) not in hashed:
+                hashed.add(source.label(file))
                 yield hash_file, (file,)
             yield copy, (number, piece)
         for file in source.files:
-            if file.name not in hashed:
+            if source.label(file) not in hashed:
                 yield hash_file, (file,)
 
     _run_all(tasks())

@@ -16,14 +16,19 @@ from safetensors.numpy import load_file, save_file
 import moejax
 from moejax.checkpoint import conversion, stream, transfer
 from moejax.checkpoint.conversion import convert
+from moejax.checkpoint.lora import merge_lora
 from moejax.checkpoint.manifest import list_files
 from moejax.checkpoint.store import read_metadata, restore_params, verify
-from moejax.checkpoint.torch_files import read_model_config, read_parameters
+from moejax.checkpoint.torch_files import read_parameters
 from moejax.config import UserError
 
 CASES = [
-    "mixtral_hf", "mixtral_hf_sharded", "mixtral_hf_sliding_window",
-    "arctic_parallel", "arctic_interleaved", "arctic_top1", "arctic_parallel_mixed", "arctic_sliding_window",
+    *((case, "") for case in (
+        "mixtral_hf", "mixtral_hf_sharded", "mixtral_hf_sliding_window", "mixtral_original_safetensors", "arctic_sinkcache",
+        "arctic_parallel", "arctic_interleaved", "arctic_top1", "arctic_parallel_mixed", "arctic_sliding_window",
+    )),
+    pytest.param("mixtral_original", "", marks=pytest.mark.torch),
+    pytest.param("mixtral_original_release8", "release8", marks=pytest.mark.torch),
 ]  # fmt: skip
 
 
@@ -57,14 +62,77 @@ def edit_tensor(directory: Path, edit) -> str:
     return shard.name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_reference_checkpoint_bit_by_bit(tmp_path, small_chunks, golden, assert_equal_trees, case):
-    directory = golden(case).directory
-    config = read_model_config(directory)
+@pytest.mark.parametrize(("case", "folder"), CASES)
+def test_every_reference_checkpoint_bit_by_bit(tmp_path, small_chunks, golden, assert_equal_trees, case, folder):
+    """What is loaded from the checkpoint is what is loaded from its source: the same model, every weight the same."""
+    directory = golden(case).directory / folder
+    if any(directory.glob("*.pt*")):
+        pytest.importorskip("torch", reason="the torch extra is not installed")
     convert(directory, tmp_path / "a", verify=True)
-    assert_equal_trees(read_parameters(directory, config), restore_params(tmp_path / "a", config))
-    assert read_metadata(tmp_path / "a").config == config
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    model, variables, _ = moejax.load(tmp_path / "a")
+    expected, theirs, _ = moejax.load(directory)
+    assert model.config == expected.config
+    assert_equal_trees(theirs["params"], variables["params"])
+    if (golden(case).directory / "hf").is_dir():  # the same weights as Hugging Face has them
+        convert(golden(case).directory / "hf", tmp_path / "b")
+        assert_equal_trees(restore_params(tmp_path / "b", model.config), variables["params"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [
+        ("lora_float64/base", "lora_float64/rslora_router"),
+        ("lora_float64/base", "lora_float64/converted"),
+        ("mixtral_hf", "mixtral_peft_lora"),
+        ("mixtral_original_safetensors", "mixtral_original_safetensors"),
+    ],
+)
+def test_an_adapter_is_merged_as_into_the_tree(tmp_path, small_chunks, golden, assert_equal_trees, base, adapter, dtype):
+    root = golden("mixtral_hf").directory.parent
+    convert(root / base, tmp_path / "base", dtype)
+    convert(tmp_path_source(tmp_path, root / base, dtype), tmp_path / "a", merge_lora=root / adapter, lora_scaling=0.7, verify=True)
+    config = read_metadata(tmp_path / "a").config
+    before, after = restore_params(tmp_path / "base", config), restore_params(tmp_path / "a", config)
+    assert_equal_trees(merge_lora(before, config, root / adapter, 0.7), after)
+    assert not np.array_equal(before["layers"]["block_0"]["moe"]["down"]["kernel"], after["layers"]["block_0"]["moe"]["down"]["kernel"])
+    source = read_metadata(tmp_path / "a").source
+    names = [entry["name"] for entry in source["files"]]
+    assert len(set(names)) == len(names)
+    assert [name for name in names if name.startswith("adapter/")]
+    assert "scale 0.7" in source["merged"]
+
+
+def tmp_path_source(tmp_path: Path, directory: Path, dtype: str) -> Path:
+    """The model in `directory` as published in `dtype`, so that merging and rounding meet the same numbers either way."""
+    shutil.copytree(directory, tmp_path / "published")
+    for file in (tmp_path / "published").glob("[cm]o*.safetensors"):
+        save_file({key: value.astype(jax.numpy.dtype(dtype)) for key, value in load_file(file).items()}, file)
+    return tmp_path / "published"
+
+
+def test_a_sum_with_an_adapter_is_rounded_once(tmp_path, golden, assert_equal_trees):
+    """float32 weights into bfloat16: not rounded before the adapter is added."""
+    root = golden("lora_float64").directory
+    convert(root / "base", tmp_path / "exact", "float32", merge_lora=root / "converted")
+    convert(root / "base", tmp_path / "a", "bfloat16", merge_lora=root / "converted")
+    exact = restore_params(tmp_path / "exact", read_metadata(tmp_path / "exact").config)
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jax.numpy.bfloat16), exact)
+    assert_equal_trees(rounded, restore_params(tmp_path / "a", read_metadata(tmp_path / "a").config))
+
+
+def test_an_adapter_of_another_model_changes_nothing(tmp_path, golden):
+    for adapter, options, message in (
+        ("lora_float64/attn", {}, "it is an adapter of another model"),
+        ("mixtral_hf", {}, "holds no adapter"),
+        ("none", {}, "none does not exist"),
+        (None, {"lora_scaling": 2.0}, "without an adapter"),
+    ):
+        directory = None if adapter is None else golden("mixtral_hf").directory.parent / adapter
+        with pytest.raises(UserError, match=message):
+            convert(golden("mixtral_hf").directory, tmp_path / "a", merge_lora=directory, **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_straight_into_the_shardings_of_eight_devices(tmp_path, small_chunks, source, assert_equal_trees):

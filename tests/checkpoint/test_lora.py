@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import moejax
+from moejax.checkpoint import lora
 from moejax.checkpoint.lora import merge_lora, open_adapter
 from moejax.checkpoint.names import list_pieces
 from moejax.config import UserError
@@ -55,8 +56,9 @@ def test_reference_logits_with_an_adapter(golden, base, adapter, expected):
     assert np.max(np.abs(ours - reference.expected[expected])[mask == 1]) < 2e-4
 
 
-def test_pieces_and_trees_merge_alike_and_round_once(tiny, random_tree, assert_equal_trees):
+def test_pieces_and_trees_merge_alike_and_round_once(tiny, random_tree, assert_equal_trees, monkeypatch):
     """What the streaming converter does piece by piece; in bfloat16 the sum is rounded, not the update."""
+    monkeypatch.setattr(lora, "MERGED_AT_ONCE", 100)  # several blocks of rows
     model, _, directory = tiny
     tree = random_tree(model.config, "bfloat16")
     adapter = open_adapter(directory / "rslora_router", model.config)
@@ -66,14 +68,15 @@ def test_pieces_and_trees_merge_alike_and_round_once(tiny, random_tree, assert_e
         ours, before = merged, tree
         for name in piece.path:
             ours, before = ours[name], before[name]
-        delta, array = adapter.delta_for(piece), before[piece.index].copy()
+        array = before[piece.index].copy()
+        exact = array.astype(np.float32)
         adapter.merge_into(piece, array)
+        adapter.merge_into(piece, exact)
         assert array.tobytes() == ours[piece.index].tobytes()
-        if delta is None:
+        assert array.tobytes() == exact.astype(array.dtype).tobytes()
+        if not adapter.touches(piece):
             assert array.tobytes() == before[piece.index].tobytes()
             untouched += 1
-        else:
-            assert array.tobytes() == (before[piece.index].astype(np.float32) + delta).astype(array.dtype).tobytes()
     assert untouched == 3 + 2 * (2 + 2)  # embedding, head and final norm; in each layer the norms, key and output projection
     assert_equal_trees(tree, random_tree(model.config, "bfloat16"))
 
@@ -82,7 +85,11 @@ def test_a_given_scale_replaces_the_adapters_own(tiny):
     model, params, directory = tiny
     whole, half = (open_adapter(directory / "attn", model.config, scale) for scale in (None, 1.0))
     piece = next(piece for piece in list_pieces(model.config, CLASSIC) if piece.key.endswith("q_proj.weight"))
-    np.testing.assert_allclose(whole.delta_for(piece), 2 * half.delta_for(piece), rtol=1e-6)
+    added = [np.zeros(piece.shape, np.float32) for _ in range(2)]
+    whole.merge_into(piece, added[0])
+    half.merge_into(piece, added[1])
+    assert np.abs(added[0]).max() > 0
+    np.testing.assert_allclose(added[0], 2 * added[1], rtol=1e-6)
     nothing = merge_lora(params, model.config, directory / "attn", scale=0.0)
     np.testing.assert_array_equal(
         nothing["layers"]["block_0"]["attention"]["query"]["kernel"], params["layers"]["block_0"]["attention"]["query"]["kernel"]
