@@ -95,8 +95,6 @@ def convert(
 def _describe_download(identity: str, revision: str | None, say: Say) -> None:
     """What converting a model of the Hub begins with; the rest is known once its files are here."""
     files = hub.list_files(identity, revision)
-    if files is None:
-        raise UserError(f"{identity} is no directory here, and the Hub cannot be reached to say what it would be")
     say(f"fetches {identity}: {len(files)} files, {show_bytes(sum(files.values()))}, into the cache of the Hub; writes about as much again")
 
 

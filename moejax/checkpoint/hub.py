@@ -22,6 +22,17 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 Say = Callable[[str], None]
 
 
+class Unreachable(UserError):
+    """The Hub does not answer."""
+
+    def __init__(self, identity: str, reason: str) -> None:
+        super().__init__(
+            f"{identity} is no directory here, and the Hub cannot be reached to fetch it ({reason}); give the directory of a model, or "
+            "connect to the network"
+        )
+        self.reason = reason
+
+
 def is_id(name: str | Path) -> bool:
     """Whether `name` is to be looked for on the Hub: "organisation/model", and neither a path nor within a folder that is there."""
     text = str(name)
@@ -41,28 +52,29 @@ def locate(name: str | Path, revision: str | None = None, say: Say = lambda text
             )
         return Path(name).expanduser(), None
     identity = str(name)
-    files = list_files(identity, revision)
-    if files is not None:
-        say(f"fetches {identity}: {len(files)} files, {sum(files.values()) / 1e9:,.2f} GB, as far as they are not there from before")
-    directory = _download(identity, revision, files)
-    if files is None:
-        say(f"the Hub cannot be reached; {identity} is read as it was fetched before: {directory}")
+    try:
+        files = list_files(identity, revision)
+        say(f"fetches {identity}: {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB, as far as they are not there from before")
+        directory = _download(identity, revision, files)
+    except Unreachable as error:
+        directory = _find_download(identity, revision)
+        if directory is None:
+            raise
+        say(f"the Hub cannot be reached; {identity} is read as it was fetched before: {directory} ({error.reason})")
     return directory, f"{identity}@{directory.name}"
 
 
-def list_files(identity: str, revision: str | None = None) -> dict[str, int] | None:
-    """The files of a model that are needed, and their bytes (0 where the Hub does not say); None where it cannot be reached.
+def list_files(identity: str, revision: str | None = None) -> dict[str, int]:
+    """The files of a model that are needed, and their bytes (0 where the Hub does not say).
 
-    Raises UserError where there is no such model or revision, where it is closed to the user, and where it has no safetensors.
+    Raises Unreachable where it does not answer, UserError where there is no such model or revision, where it is closed to the user,
+    and where it has no safetensors.
     """
     hub = _import_hub()
     try:
         info = hub.HfApi(endpoint=_endpoint()).model_info(identity, revision=revision, files_metadata=True)
     except Exception as error:
-        refusal = _explain(identity, revision, error)
-        if refusal is None:
-            return None
-        raise refusal from error
+        raise _explain(identity, revision, error) from error
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     return {file: sizes[file] for file in choose_files(identity, list(sizes))}
 
@@ -84,29 +96,30 @@ def choose_files(identity: str, names: list[str]) -> list[str]:
     return sorted({*weights, *(name for name in here if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))})
 
 
-def _download(identity: str, revision: str | None, files: dict[str, int] | None) -> Path:
-    """Fetches `files`, or (None) finds what an earlier download left."""
+def _download(identity: str, revision: str | None, files: dict[str, int]) -> Path:
+    """Fetches those of `files` that the cache does not have."""
     hub = _import_hub()
     try:
-        return Path(
-            hub.snapshot_download(
-                identity,
-                revision=revision,
-                allow_patterns=list(files or ()),  # offline none is asked for: the reader says what is missing
-                local_files_only=files is None,
-                endpoint=_endpoint(),
-            )
-        )
+        return Path(hub.snapshot_download(identity, revision=revision, allow_patterns=list(files), endpoint=_endpoint()))
     except Exception as error:
         if is_full_disk(error):
             raise UserError(
                 f"{identity} does not fit the disk of the cache ({error}); make room, or set HF_HOME to another place"
             ) from error
-        raise _explain(identity, revision, error) or _unreachable(identity, error) from error
+        raise _explain(identity, revision, error) from error
 
 
-def _explain(identity: str, revision: str | None, error: Exception) -> UserError | None:
-    """What the Hub's answer means for the user; None where there was no answer."""
+def _find_download(identity: str, revision: str | None) -> Path | None:
+    """What an earlier download left, if anything. Whether it is whole is for its reader to say."""
+    hub = _import_hub()
+    try:
+        return Path(hub.snapshot_download(identity, revision=revision, allow_patterns=[], local_files_only=True))
+    except OSError:
+        return None
+
+
+def _explain(identity: str, revision: str | None, error: Exception) -> UserError:
+    """What the Hub's answer, or its silence, means for the user."""
     from huggingface_hub import utils
 
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -124,14 +137,7 @@ def _explain(identity: str, revision: str | None, error: Exception) -> UserError
         )
     if status is not None and status < 500:
         return UserError(f"{identity} cannot be fetched from the Hub, which answers {status} ({_first_line(error)}); try again later")
-    return None
-
-
-def _unreachable(identity: str, error: Exception) -> UserError:
-    return UserError(
-        f"{identity} is no directory here, and the Hub cannot be reached to fetch it ({_first_line(error)}); "
-        "give the directory of a model, or connect to the network"
-    )
+    return Unreachable(identity, _first_line(error))
 
 
 def _first_line(error: Exception) -> str:

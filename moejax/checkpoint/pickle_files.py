@@ -53,7 +53,9 @@ def _load(file: Path) -> dict[str, tuple[str, np.ndarray]]:
     try:
         values = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        # torch's own text goes on to advise loading the file without restriction; only what it met is quoted.
+        text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+        reason = text.splitlines()[0].partition(". ")[0][:200]
         raise UserError(
             f"{file} is not read: it holds more than tensors, is damaged, or is in PyTorch's format of before 2020 ({reason}); nothing "
             "in it was run; download it again from a source you trust, or use the safetensors files of the model"
