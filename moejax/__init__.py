@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "moejax.api",
     "save": "moejax.api",
+    "convert": "moejax.checkpoint.conversion",
     "generate": "moejax.api",
     "load_tokenizer": "moejax.api",
     "loss": "moejax.training.objectives",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from moejax.api import load as load
     from moejax.api import load_tokenizer as load_tokenizer
     from moejax.api import save as save
+    from moejax.checkpoint.conversion import convert as convert
     from moejax.config import ModelConfig as ModelConfig
     from moejax.config import RunConfig as RunConfig
     from moejax.config import UserError as UserError

@@ -1,5 +1,6 @@
 """The public functions that stand on everything else: load, save, generate, load_tokenizer."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +14,25 @@ from moejax.model.transformer import Transformer, stack_layers, unstack_layers
 from moejax.serving.engine import Engine, GenerationSettings
 
 
-def load(path: str | Path, mesh: Any = None, dtype: Any = None, quantize: str | None = None) -> tuple[Transformer, dict[str, Any], Any]:
+def load(
+    path: str | Path, mesh: Any = None, dtype: Any = None, quantize: str | None = None, *, verify: bool = True, revision: str | None = None
+) -> tuple[Transformer, dict[str, Any], Any]:
     """Reads a checkpoint: (model, variables, tokenizer).
 
-    path: a run directory of ours (its newest checkpoint), one checkpoint of ours, or a Hugging Face directory of a Mixtral or
-    an Arctic model (safetensors, one file or sharded). dtype: of weights and compute, "float32", "bfloat16" or "float16";
+    path: a run directory of ours (its newest checkpoint), one checkpoint of ours, a Hugging Face directory of a Mixtral or
+    an Arctic model (safetensors, one file or sharded), a Mixtral in Mistral's own layout (params.json and
+    consolidated.*; .pth and .pt files need the `torch` extra), or an id of the Hugging Face Hub ("organisation/model"; `revision` is a
+    branch, a tag or a commit), whose files are fetched once. dtype: of weights and compute, "float32", "bfloat16" or "float16";
     None keeps the checkpoint's. With float32, matmuls run at full precision on every platform. The tokenizer is None where
-    the directory has none. `model.config` is the ModelConfig; `model.apply(variables, tokens)` runs the model.
+    the directory has none. `model.config` is the ModelConfig; `model.apply(variables, tokens)` runs the model. verify: every file
+    of a checkpoint of ours is first compared with the checksum it was written with, which reads it once more.
 
     Raises UserError, before a weight is read, for a path that holds no such checkpoint and for formats that are not read
-    (by name), and for tensors that are missing, unexpected or of the wrong shape. `mesh` and `quantize` are not there yet and
-    raise NotImplementedError.
+    (by name), and for tensors that are missing, unexpected or of the wrong shape, and names a file that is damaged.
+    `mesh` and `quantize` are not there yet and raise NotImplementedError.
     """
-    from moejax.checkpoint import detect, store, torch_files
+    from moejax.checkpoint import detect, hub, store
+    from moejax.checkpoint.source import open_source, read_tree
     from moejax.data.text import find_tokenizer
 
     if mesh is not None:
@@ -33,14 +40,18 @@ def load(path: str | Path, mesh: Any = None, dtype: Any = None, quantize: str | 
     if quantize is not None:
         raise NotImplementedError(f"load(quantize={quantize!r}) is not implemented yet; leave quantize out")
     name = None if dtype is None else _dtype_name(dtype)
+    path, _ = hub.locate(path, revision, lambda text: print(text, file=sys.stderr))
     kind, directory = detect.find_checkpoint(path)
-    if kind == "hf":
-        config = torch_files.read_model_config(directory, name)
-        params = torch_files.read_parameters(directory, config, config.param_dtype)
+    if kind != "moejax":
+        with open_source(directory, name) as source:
+            source.dtype = source.config.param_dtype  # one dtype for all, where the files have several
+            config, params = source.config, read_tree(source)
     else:
+        if verify:
+            store.verify(directory)
         config = store.read_metadata(directory).config
         config = config if name is None else replace(config, dtype=name, param_dtype=name)
-        params = store.restore_params(directory, config, config.param_dtype)
+        params = store.restore_params(directory, config, config.param_dtype, verify=False)  # it is, by now
     params = jax.tree.map(jnp.asarray, params if config.scan_layers else unstack_layers(params, config))
     tokenizer = find_tokenizer(directory) or find_tokenizer(Path(path))
     return Transformer(config), {"params": params}, tokenizer

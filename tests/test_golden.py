@@ -22,13 +22,20 @@ CASES = [
     "arctic_top1",
     "arctic_parallel_mixed",
     "arctic_sliding_window",
+    "arctic_sinkcache",
+    "mixtral_original_safetensors",
+    pytest.param("mixtral_original", marks=pytest.mark.torch),
+    pytest.param("mixtral_original_release8", marks=pytest.mark.torch),
 ]
+FOLDERS = {"mixtral_original_release8": "release8"}  # where a case keeps its weights, if not beside its numbers
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, golden):
     reference = golden(request.param)
-    model, variables, tokenizer = moejax.load(reference.directory, dtype="float32")
+    if any(reference.directory.rglob("*.pt*")):
+        pytest.importorskip("torch", reason="the torch extra is not installed")
+    model, variables, tokenizer = moejax.load(reference.directory / FOLDERS.get(request.param, ""), dtype="float32")
     assert tokenizer is None
     return reference, model, variables
 
@@ -51,7 +58,8 @@ def test_forward_pass(case):
     assert largest_difference(out.routing.logits, expected["router_logits"], real) < 2e-4
     assert largest_difference(out.routing.weights, expected["topk_weight"], real) < 2e-4
     assert np.array_equal(np.asarray(out.routing.experts)[:, real], expected["topk_idx"][:, real])
-    assert float(out.aux_loss) == pytest.approx(float(expected["aux_loss"]), abs=1e-5)
+    if "aux_loss" in expected:  # mistral-inference has none
+        assert float(out.aux_loss) == pytest.approx(float(expected["aux_loss"]), abs=1e-5)
     assert int(out.dropped) == 0
 
 
@@ -60,8 +68,9 @@ def test_losses(case):
     inputs, expected = reference.inputs, reference.expected
     losses = moejax.loss(model, variables, inputs["input_ids"], inputs["labels"], mask=inputs["attention_mask"])
     assert float(losses.ce) == pytest.approx(float(expected["loss_ce"]), abs=1e-5)
-    assert float(losses.aux) == pytest.approx(float(expected["aux_loss"]), abs=1e-5)
-    assert float(losses.total) == pytest.approx(float(expected["loss_total"]), abs=1e-5)
+    for name, loss in (("aux_loss", losses.aux), ("loss_total", losses.total)):
+        if name in expected:
+            assert float(loss) == pytest.approx(float(expected[name]), abs=1e-5)
 
 
 def test_mixtral_loss_over_all_positions(case):

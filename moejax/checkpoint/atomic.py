@@ -32,7 +32,7 @@ def write_directory(directory: Path, needed: int) -> Iterator[Path]:
         remove_leftovers(directory.parent)
         free = shutil.disk_usage(directory.parent).free
         if needed > free:
-            raise _full_disk(directory, needed, free)
+            raise full_disk_error(directory, needed, free)
         temporary = _beside(directory, "tmp")
         _remove(temporary)  # of a process that had this one's number before
         temporary.mkdir()
@@ -40,12 +40,12 @@ def write_directory(directory: Path, needed: int) -> Iterator[Path]:
         raise UserError(f"cannot save {directory}: {error}; save elsewhere") from error
     try:
         yield temporary
-        _sync(temporary)
-        _move_into_place(temporary, directory)
+        sync_directory(temporary)
+        move_into_place(temporary, directory)
     except BaseException as error:
         _remove(temporary)
-        if _is_full_disk(error):
-            raise _full_disk(directory, needed, shutil.disk_usage(directory.parent).free) from error
+        if is_full_disk(error):
+            raise full_disk_error(directory, needed, shutil.disk_usage(directory.parent).free) from error
         raise
 
 
@@ -92,7 +92,7 @@ def _remove(path: Path) -> None:
         time.sleep(0.1)
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Makes sure that files and directory entries are on the disk. Orbax does so for the arrays."""
     for folder, _, names in os.walk(directory):
         for path in (folder, *(os.path.join(folder, name) for name in names)):
@@ -103,7 +103,7 @@ def _sync(directory: Path) -> None:
                 os.close(handle)
 
 
-def _move_into_place(temporary: Path, directory: Path) -> None:
+def move_into_place(temporary: Path, directory: Path) -> None:
     """Renames `temporary` to `directory`. An older checkpoint there is moved aside first, and back if that fails."""
     if directory.exists():
         old = _beside(directory, "old")
@@ -123,7 +123,7 @@ def _move_into_place(temporary: Path, directory: Path) -> None:
         os.close(handle)
 
 
-def _is_full_disk(error: BaseException | None) -> bool:
+def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error says that a disk or a quota is full: as OSError, or as the text that tensorstore makes of one."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
@@ -134,7 +134,8 @@ def _is_full_disk(error: BaseException | None) -> bool:
     return False
 
 
-def _full_disk(directory: Path, needed: int, free: int) -> UserError:
+def full_disk_error(directory: Path, needed: int, free: int) -> UserError:
+    """What to tell the user when `directory`, which takes `needed` bytes, does not fit where `free` are free."""
     return UserError(
         f"no room to save {directory}: it needs {needed:,} bytes, {free:,} are free there (or a quota is full); nothing was left "
         "behind and earlier checkpoints are unchanged; make room or save elsewhere"

@@ -6,17 +6,20 @@ import difflib
 from pathlib import Path
 from typing import Literal
 
-from moejax.checkpoint.store import METADATA, STEPS, latest_step
-from moejax.checkpoint.torch_files import INDEX, refuse_foreign_files
+from moejax.checkpoint.manifest import METADATA
+from moejax.checkpoint.mistral_files import PARAMS, holds_consolidated
+from moejax.checkpoint.store import STEPS, latest_step
+from moejax.checkpoint.torch_files import INDEX, SINGLE, refuse_foreign_files
 from moejax.config import UserError
 
-Kind = Literal["moejax", "run", "hf"]
+Kind = Literal["moejax", "run", "hf", "mistral"]
 
 
 def detect(path: str | Path) -> Kind:
-    """What `path` holds: "moejax" (one of our checkpoints), "run" (a run directory of ours), "hf" (a Hugging Face directory).
+    """What `path` holds: "moejax" (one of our checkpoints), "run" (a run directory of ours), "hf" (a Hugging Face directory),
+    "mistral" (Mistral's own layout).
 
-    Where several lie together, the first of these. Raises UserError for everything else.
+    Where several lie together, the first of these; `list_kinds` gives all. Raises UserError where there is nothing to read.
     """
     directory = Path(path)
     if not directory.exists():
@@ -24,27 +27,32 @@ def detect(path: str | Path) -> Kind:
     if not directory.is_dir():
         what = "a GGUF checkpoint, which is not read" if directory.suffix == ".gguf" else "a file"
         raise UserError(f"{directory} is {what}; expected a directory: a run, one of its checkpoints, or a Hugging Face model")
-    if (directory / METADATA).exists():
-        return "moejax"
-    if (directory / STEPS).is_dir():
-        return "run"
+    kinds = list_kinds(directory)
+    if kinds:
+        return kinds[0]
     names = sorted(entry.name for entry in directory.iterdir())
-    if "config.json" not in names and ("params.json" in names or any(name.startswith("consolidated.") for name in names)):
-        raise UserError(
-            f"{directory} is in Mistral's own layout (params.json, consolidated.*), which is not read yet; "
-            "use the Hugging Face checkpoint of the same model"
-        )
     refuse_foreign_files(directory)
     if "config.json" in names or any(name.endswith(".safetensors") for name in names):
         return "hf"
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
     raise UserError(
-        f"{directory} holds no checkpoint: looked for {METADATA} (a checkpoint of moejax), {STEPS}/ (a run), and config.json with "
-        f"{INDEX} or model.safetensors (Hugging Face); found {shown}"
+        f"{directory} holds no checkpoint: looked for {METADATA} (a checkpoint of moejax), {STEPS}/ (a run), config.json with "
+        f"{INDEX} or {SINGLE} (Hugging Face), {PARAMS} with consolidated.* (Mistral); found {shown}"
     )
 
 
-def find_checkpoint(path: str | Path) -> tuple[Literal["moejax", "hf"], Path]:
+def list_kinds(directory: Path) -> list[Kind]:
+    """Everything complete enough to be read that lies in `directory`, in the order in which it is chosen."""
+    found: dict[Kind, bool] = {
+        "moejax": (directory / METADATA).exists(),
+        "run": (directory / STEPS).is_dir(),
+        "hf": (directory / INDEX).exists() or (directory / SINGLE).exists(),
+        "mistral": holds_consolidated(directory),
+    }
+    return [kind for kind, is_there in found.items() if is_there]
+
+
+def find_checkpoint(path: str | Path) -> tuple[Literal["moejax", "hf", "mistral"], Path]:
     """What `path` holds and the checkpoint to read there: `path` itself, or the newest complete one of a run. Raises UserError."""
     kind = detect(path)
     if kind != "run":

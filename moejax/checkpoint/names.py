@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moejax.config import ModelConfig
-from moejax.families.family import NameTable, Source
+from moejax.families.family import NameTable, Source, Transform
 from moejax.families.layout import (
     EXPERT_LEAVES,
     Path,
@@ -33,7 +33,8 @@ SourceIndex = tuple[int | slice, ...]
 class Piece:
     """One contiguous run of numbers that lies both in a leaf of the tree and in a published tensor.
 
-    `tree[path][index]` and `tensors[key][source_index]` have shape `shape`; `source_shape` is the whole tensor's.
+    `tree[path][index]` has shape `shape`, `tensors[key][source_index]` has shape `part_shape`, the whole tensor `source_shape`.
+    Where `transform` is not None the same numbers lie in another order there: read with `read_piece`, write through `to_source`.
     """
 
     path: Path
@@ -42,6 +43,13 @@ class Piece:
     source_index: SourceIndex
     shape: Shape
     source_shape: Shape
+    transform: Transform | None = None
+    head_width: int = 0  # of the rotary transform
+
+    @property
+    def part_shape(self) -> Shape:
+        """The shape of `tensors[key][source_index]`."""
+        return self.shape[::-1] if self.transform == "transposed" else self.shape
 
 
 def list_pieces(config: ModelConfig, table: NameTable) -> list[Piece]:
@@ -55,7 +63,7 @@ def list_pieces(config: ModelConfig, table: NameTable) -> list[Piece]:
             path = (*block, *leaf.split("/"))
             source = table.sources[leaf]
             if leaf not in EXPERT_LEAVES:
-                pieces.append(Piece(path, index, source.key.format(l=layer), (), shape, shape))
+                pieces.append(Piece(path, index, source.key.format(l=layer), (), shape, shape, source.transform, config.head_width))
                 continue
             for expert in range(config.num_experts):
                 pieces.append(_expert_piece(path, (*index, expert), source, layer, expert, shape))
@@ -66,10 +74,50 @@ def _expert_piece(path: Path, index: tuple[int, ...], source: Source, layer: int
     """The piece of one expert; `shape` is that of the leaf, experts first."""
     experts, rows, columns = shape
     key = source.key.format(l=layer, e=expert)
-    if "{e}" in source.key:
-        return Piece(path, index, key, (), (rows, columns), (rows, columns))
-    source_index: SourceIndex = (expert, slice(source.part * rows, (source.part + 1) * rows))
-    return Piece(path, index, key, source_index, (rows, columns), (experts, rows * source.parts, columns))
+    stored = (columns, rows) if source.transform == "transposed" else (rows, columns)
+    source_index: SourceIndex = ()
+    source_shape: Shape = stored
+    if source.flat:
+        source_index = (slice(expert * stored[0], (expert + 1) * stored[0]),)
+        source_shape = (experts * stored[0], stored[1])
+    elif "{e}" not in source.key:
+        source_index = (expert, slice(source.part * rows, (source.part + 1) * rows))
+        source_shape = (experts, rows * source.parts, columns)
+    return Piece(path, index, key, source_index, (rows, columns), source_shape, source.transform)
+
+
+def read_piece(piece: Piece, read_into: Callable[[str, SourceIndex, np.ndarray], None], out: np.ndarray) -> None:
+    """Fills `out` (contiguous, shape `piece.shape`) with a piece in the tree's order, in `out`'s dtype.
+
+    `read_into(key, source_index, array)` fills a contiguous array with a part of a published tensor, as TensorFiles.read_into does.
+    A piece without a transform is read straight into `out`; with one, a second array of its size is needed for a moment.
+    """
+    if piece.transform is None:
+        read_into(piece.key, piece.source_index, out)
+        return
+    block = np.empty(piece.part_shape, out.dtype)
+    read_into(piece.key, piece.source_index, block)
+    out[...] = to_tree(piece, block)
+
+
+def to_tree(piece: Piece, array: np.ndarray) -> np.ndarray:
+    """`tensors[key][source_index]` in the order of the tree; a view where that is possible."""
+    if piece.transform == "transposed":
+        return array.T
+    return _swap_rotary(array, piece.head_width // 2, 2) if piece.transform == "rotary" else array
+
+
+def to_source(piece: Piece, array: np.ndarray) -> np.ndarray:
+    """`tree[path][index]` in the order of the published tensor: the inverse of `to_tree`."""
+    if piece.transform == "transposed":
+        return array.T
+    return _swap_rotary(array, 2, piece.head_width // 2) if piece.transform == "rotary" else array
+
+
+def _swap_rotary(array: np.ndarray, outer: int, inner: int) -> np.ndarray:
+    """[heads * outer * inner, D] -> [heads * inner * outer, D]: in each head, row o * inner + i moves to row i * outer + o."""
+    columns = array.shape[1]
+    return array.reshape(-1, outer, inner, columns).swapaxes(1, 2).reshape(-1, columns)
 
 
 def list_sources(config: ModelConfig, table: NameTable) -> dict[str, Shape]:
@@ -80,13 +128,13 @@ def list_sources(config: ModelConfig, table: NameTable) -> dict[str, Shape]:
 def import_tensors(
     config: ModelConfig,
     table: NameTable,
-    read_into: Callable[[Piece, np.ndarray], None],
+    read_into: Callable[[str, SourceIndex, np.ndarray], None],
     dtype_of: Callable[[Path, list[str]], np.dtype],
 ) -> dict[str, Any]:
     """The parameter tree, as nested dicts of numpy arrays, filled piece by piece: memory is that of the tree and no more.
 
-    `read_into(piece, destination)` fills `destination` (contiguous, shape `piece.shape`); `dtype_of(path, keys)` is the dtype of
-    the leaf that the tensors `keys` make up.
+    `read_into(key, source_index, array)` fills `array` (contiguous) with a part of a published tensor; `dtype_of(path, keys)` is the
+    dtype of the leaf that the tensors `keys` make up.
     """
     keys: dict[Path, list[str]] = {}
     pieces = list_pieces(config, table)
@@ -96,7 +144,7 @@ def import_tensors(
         path: np.empty(abstract.shape, dtype_of(path, keys[path])) for path, abstract in flatten_leaves(abstract_parameters(config)).items()
     }
     for piece in pieces:
-        read_into(piece, leaves[piece.path][(*piece.index, ...)])
+        read_piece(piece, read_into, leaves[piece.path][(*piece.index, ...)])
     tree: dict[str, Any] = {}
     for path, array in leaves.items():
         insert_leaf(tree, path, array)
@@ -112,5 +160,5 @@ def export_tensors(parameters: Mapping[str, Any], config: ModelConfig, table: Na
     for key, pieces in by_key.items():
         tensor = np.empty(pieces[0].source_shape, leaves[pieces[0].path].dtype)
         for piece in pieces:
-            tensor[piece.source_index] = leaves[piece.path][piece.index]
+            tensor[piece.source_index] = to_source(piece, np.asarray(leaves[piece.path][piece.index]))
         yield key, tensor

@@ -1,4 +1,5 @@
-"""Reads one safetensors file: its header, and tensors or contiguous parts of them straight into arrays that are there already.
+"""Reads one safetensors file: its header, and tensors or contiguous parts of them straight into arrays that are there already; and
+makes the header of one to be written.
 
 The safetensors library reads the same files into fresh arrays; reading into the destination is about six times faster, needs no
 second copy, and takes bfloat16 whatever the library's version.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import numpy as np
 from moejax.config import UserError
 
 DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -94,6 +97,20 @@ def read_tensor_into(handle: int, tensor: Tensor, source_index: tuple[int | slic
         part = block[: flat.size - first]
         _read_bytes(handle, tensor, position + first * dtype.itemsize, part)
         flat[first : first + part.size] = part
+
+
+def make_header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
+    """The first bytes of a safetensors file that holds `tensors` (key -> dtype, shape) one after the other, in this order."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
+    position = 0
+    for key, (dtype, shape) in tensors.items():
+        end = position + math.prod(shape) * dtype.itemsize
+        entries[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the numbers start at a multiple of eight
+    return len(header).to_bytes(8, "little") + header
 
 
 def _read_bytes(handle: int, tensor: Tensor, position: int, out: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """Our own checkpoints on disk: Orbax arrays beside one small JSON file that says what they are.
 
-    <directory>/moejax.json    format, family, model config, step, run config; its presence marks a complete checkpoint
+    <directory>/moejax.json    format, family, model config, step, run config, source; its presence marks a complete checkpoint
+    <directory>/manifest.json  size and checksum of every file, compared whenever the checkpoint is read
     <directory>/params/        the parameters, in the stacked tree of moejax/families/layout.py
     <directory>/optimizer/     the optimiser's state, where it was saved
     <directory>/...            whatever the caller adds (tokenizer, data position)
@@ -23,10 +24,10 @@ import numpy as np
 
 from moejax.checkpoint.arrays import describe_arrays, first_device, restore_arrays, save_arrays
 from moejax.checkpoint.atomic import remove_directory, write_directory
+from moejax.checkpoint.manifest import METADATA, check_files, read_sealed, write_manifest
 from moejax.config import ModelConfig, UserError, model_from_json, to_json
 from moejax.families.layout import abstract_parameters, flatten_leaves, insert_leaf
 
-METADATA = "moejax.json"
 FORMAT = 1
 PARAMS = "params"
 OPTIMIZER = "optimizer"
@@ -35,11 +36,17 @@ STEPS = "checkpoints"
 
 @dataclass(frozen=True)
 class Metadata:
-    """What moejax.json says of a checkpoint. `run` is the run's configuration as `moejax.config.to_json` wrote it."""
+    """What moejax.json says of a checkpoint.
+
+    `run` is the run's configuration as `moejax.config.to_json` wrote it; `source` what a converted one was made from: name, layout,
+    and files with their sizes and SHA-256. `manifest` is the size and checksum of manifest.json.
+    """
 
     config: ModelConfig
     step: int | None
     run: dict[str, Any] | None
+    source: dict[str, Any] | None
+    manifest: dict[str, Any]
 
 
 def save(
@@ -60,10 +67,7 @@ def save(
     tree that is not that of `config`, and for a disk without room.
     """
     directory = Path(directory).absolute()
-    if directory.exists() and not overwrite:
-        raise UserError(f"{directory} exists already; give another path, or remove it first")
-    if directory.exists() and not (directory / METADATA).exists():
-        raise UserError(f"{directory} exists and is no checkpoint of moejax; it is not overwritten, give another path")
+    refuse_existing(directory, overwrite)
     _check_tree(directory, dict(params), config)
     optimizer_leaves = {} if optimizer is None else _name_leaves(optimizer)
     needed = _count_bytes(params) + _count_bytes(optimizer_leaves) + 1_000_000
@@ -73,18 +77,33 @@ def save(
             save_arrays(temporary / OPTIMIZER, optimizer_leaves)
         if write_extra is not None:
             write_extra(temporary)
-        metadata = {"format": FORMAT, "family": config.family, "model": to_json(config), "step": step, "run": run}
-        (temporary / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        write_manifest(temporary, describe_checkpoint(config, step=step, run=run))
+
+
+def refuse_existing(directory: Path, overwrite: bool) -> None:
+    """Raises UserError where `directory` may not be written: it exists and is not to be overwritten, or is no checkpoint."""
+    if directory.exists() and not overwrite:
+        raise UserError(f"{directory} exists already; give another path, or remove it first")
+    if directory.exists() and not (directory / METADATA).exists():
+        raise UserError(f"{directory} exists and is no checkpoint of moejax; it is not overwritten, give another path")
+
+
+def describe_checkpoint(
+    config: ModelConfig, *, step: int | None = None, run: dict[str, Any] | None = None, source: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values of a moejax.json, but for its checksums."""
+    return {"format": FORMAT, "family": config.family, "model": to_json(config), "step": step, "run": run, "source": source}
 
 
 def read_metadata(directory: str | Path) -> Metadata:
     """What `directory`/moejax.json says. Raises UserError where it is missing, damaged, or of a newer version."""
     path = Path(directory) / METADATA
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = values["format"]
+        version = json.loads(path.read_bytes())["format"]
         if version == FORMAT:
-            return Metadata(model_from_json(values["model"], str(path)), values["step"], values["run"])
+            values = read_sealed(path)
+            config = model_from_json(values["model"], str(path))
+            return Metadata(config, values["step"], values["run"], values["source"], values["manifest"])
     except FileNotFoundError:
         raise UserError(f"{directory} is no checkpoint of moejax: it has no {METADATA}") from None
     except UserError:
@@ -94,13 +113,27 @@ def read_metadata(directory: str | Path) -> Metadata:
     raise UserError(f"{path} is of format {version!r}, this version of moejax reads {FORMAT}; update moejax")
 
 
-def restore_params(directory: str | Path, config: ModelConfig, dtype: str | None = None, sharding: Any = None) -> dict[str, Any]:
+def verify(directory: str | Path, inside: str | None = None) -> None:
+    """Raises UserError, naming the file, unless the checkpoint is as it was written; reads all of it, or the folder `inside`.
+
+    Where several processes read one checkpoint, each reads its share; each raises for its own share.
+    """
+    directory = Path(directory).absolute()
+    check_files(directory, read_metadata(directory).manifest, inside, (jax.process_index(), jax.process_count()))
+
+
+def restore_params(
+    directory: str | Path, config: ModelConfig, dtype: str | None = None, sharding: Any = None, *, verify: bool = True
+) -> dict[str, Any]:
     """The parameter tree of a checkpoint, as jax arrays, in `dtype` or (None) as saved.
 
-    `sharding` is one jax.sharding.Sharding for all leaves or a tree of them; None puts everything on the first local device.
-    Raises UserError where the arrays are missing, damaged, or not those of `config`.
+    `sharding` is one jax.sharding.Sharding for all leaves or a tree of them, and each leaf is read straight into it, by each process
+    its own parts; None puts everything on the first local device. `verify` compares the files with their checksums first, which
+    reads them once more (several processes share the work). Raises UserError where the arrays are missing, damaged, or not those of
+    `config`.
     """
     path = Path(directory).absolute() / PARAMS
+    _verify_folder(path, verify)
     expected = flatten_leaves(abstract_parameters(config))
     stored = {name: (leaf.shape, leaf.dtype) for name, leaf in describe_arrays(path).items()}
     _check_shapes(str(path), {name: shape for name, (shape, _) in stored.items()}, config)
@@ -113,8 +146,8 @@ def restore_params(directory: str | Path, config: ModelConfig, dtype: str | None
     return restore_arrays(path, _nest({name: describe(name) for name in expected}))
 
 
-def restore_optimizer(directory: str | Path, abstract_tree: Any) -> Any:
-    """The optimiser's state of a checkpoint, in the structure, dtypes and shardings of `abstract_tree`.
+def restore_optimizer(directory: str | Path, abstract_tree: Any, *, verify: bool = True) -> Any:
+    """The optimiser's state of a checkpoint, in the structure, dtypes and shardings of `abstract_tree`; `verify` as in restore_params.
 
     Leaves of `abstract_tree` are jax.ShapeDtypeStruct or arrays; one without a sharding goes to the first local device. Raises
     UserError where the state is missing, damaged, or of another optimiser.
@@ -123,6 +156,7 @@ def restore_optimizer(directory: str | Path, abstract_tree: Any) -> Any:
     if not leaves:
         return abstract_tree
     path = Path(directory).absolute() / OPTIMIZER
+    _verify_folder(path, verify)
     names = list(_name_leaves(abstract_tree))
     stored = {name[0]: tuple(leaf.shape) for name, leaf in describe_arrays(path).items()}
     expected = {name: tuple(np.shape(leaf)) for name, leaf in zip(names, leaves, strict=True)}
@@ -166,6 +200,13 @@ def prune(run_directory: str | Path, keep: int) -> None:
     """Removes all but the `keep` newest complete checkpoints of a run."""
     for path in list_steps(run_directory)[: -keep or None]:
         remove_directory(path)
+
+
+def _verify_folder(path: Path, wanted: bool) -> None:
+    if not path.is_dir():
+        raise UserError(f"{path.parent} has no {path.name}/ with the saved arrays; the checkpoint is incomplete, use another one")
+    if wanted:
+        verify(path.parent, path.name)
 
 
 # -- trees ------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.checkpoint.names import Piece, import_tensors, list_sources
+from moejax.checkpoint.names import import_tensors, list_sources
 from moejax.checkpoint.safetensors_file import DTYPES, Tensor, read_header, read_tensor_into
 from moejax.config import ModelConfig, UserError
 from moejax.families import FAMILIES, get_family
@@ -68,7 +69,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     """
     refuse_foreign_files(directory)
     path = directory / "config.json"
-    values = _read_json(path, f"{directory} has no config.json beside its weights; download the whole directory of the model")
+    values = read_json(path, f"{directory} has no config.json beside its weights; download the whole directory of the model")
     quantisation = values.get("quantization_config")
     if quantisation is not None:
         method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else quantisation
@@ -88,7 +89,8 @@ def _find_family(values: dict[str, Any], path: Path) -> Family:
     raise UserError(f"{path}: model_type is {kind!r} ({shown}); moejax reads {supported}")
 
 
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """The JSON object in `path`. Raises UserError, naming it, where it is damaged, and with the message `missing` where it is not there."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -101,12 +103,13 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
 
 
 class TensorFiles:
-    """The tensors of a checkpoint directory by key, read only when asked for; files are opened once. Use as a context manager."""
+    """The tensors of a checkpoint directory by key, read only when asked for, by any thread; a context manager that closes the files."""
 
     def __init__(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         self.directory = directory
         self.tensors = tensors
         self._handles: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -127,8 +130,9 @@ class TensorFiles:
     def read_into(self, key: str, source_index: tuple[int | slice, ...], out: np.ndarray) -> None:
         """Fills `out` with the part `source_index` of tensor `key` (all of it where empty), in `out`'s dtype."""
         tensor = self.tensors[key]
-        if tensor.file not in self._handles:
-            self._handles[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+        with self._opening:
+            if tensor.file not in self._handles:
+                self._handles[tensor.file] = os.open(tensor.file, os.O_RDONLY)
         read_tensor_into(self._handles[tensor.file], tensor, source_index, out)
 
     def read(self, key: str) -> np.ndarray:
@@ -155,7 +159,7 @@ def open_tensors(directory: Path) -> TensorFiles:
 
 def _read_sharded(directory: Path) -> dict[str, Tensor]:
     index = directory / INDEX
-    places = _read_json(index, f"{index} is missing").get("weight_map")
+    places = read_json(index, f"{index} is missing").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index} has no weight_map from tensors to files; it is damaged, copy or download it again")
     names = sorted(set(places.values()))
@@ -166,18 +170,18 @@ def _read_sharded(directory: Path) -> dict[str, Tensor]:
             )
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
-        raise UserError(f"{directory} lacks {_shorten(missing)} of the {len(names)} files that {INDEX} names; download them again")
+        raise UserError(f"{directory} lacks {shorten(missing)} of the {len(names)} files that {INDEX} names; download them again")
     headers = {name: read_header(directory / name) for name in names}
     absent = [key for key, name in places.items() if key not in headers[name]]
     if absent:
-        raise UserError(f"{index} places {_shorten(absent)} in files that do not hold them; index and files are of different checkpoints")
+        raise UserError(f"{index} places {shorten(absent)} in files that do not hold them; index and files are of different checkpoints")
     strays = [key for name, header in headers.items() for key in header if places.get(key) != name]
     if strays:
-        raise UserError(f"{directory}: its files hold {_shorten(strays)}, unknown to {INDEX}; index and files are of different checkpoints")
+        raise UserError(f"{directory}: its files hold {shorten(strays)}, unknown to {INDEX}; index and files are of different checkpoints")
     return {key: headers[name][key] for key, name in places.items()}
 
 
-def _shorten(names: list[str], limit: int = 3) -> str:
+def shorten(names: list[str], limit: int = 3) -> str:
     """A few names, and how many there are."""
     return f"{len(names)} ({', '.join(names[:limit])}{', ...' if len(names) > limit else ''})"
 
@@ -196,8 +200,15 @@ def read_model_config(directory: Path, dtype: str | None = None) -> ModelConfig:
         key = files.tensors.get(family.tables[0].sources["attention/key/kernel"].key.format(l=0))
         if family.name == "arctic" and key is not None and key.shape[0] % config.head_width == 0 and key.shape[0] > 0:
             config = dataclasses.replace(config, num_kv_heads=key.shape[0] // config.head_width)
-        if dtype is None:
-            dtype = _commonest_dtype(files)
+        return settle_dtype(config, files, dtype)
+
+
+def settle_dtype(config: ModelConfig, files: TensorFiles, dtype: str | None) -> ModelConfig:
+    """`config` computing and storing in `dtype`, or (None) in the dtype that most of the weights in `files` have."""
+    if dtype is None:
+        dtype = _commonest_dtype(files)
+        if dtype == "float64":
+            raise UserError(f"{files.directory}: its weights are float64, in which moejax does not compute; load them as float32 (dtype)")
     return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
 
 
@@ -218,19 +229,21 @@ def read_parameters(directory: Path, config: ModelConfig, dtype: str | None = No
     for missing, unexpected and wrong-shaped tensors.
     """
     with open_tensors(directory) as files:
-        table = choose_table(get_family(config.family), config, files)
-        check_tensors(config, table, files)
+        return read_parameters_from(files, config, dtype)
 
-        def dtype_of(path: tuple[str, ...], keys: list[str]) -> np.dtype:
-            if dtype is not None:
-                return np.dtype(jnp.dtype(dtype))
-            found = sorted({files.dtype(key).name for key in keys})
-            return np.dtype(jnp.result_type(*found)) if len(found) > 1 else files.dtype(keys[0])
 
-        def read_into(piece: Piece, out: np.ndarray) -> None:
-            files.read_into(piece.key, piece.source_index, out)
+def read_parameters_from(files: TensorFiles, config: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
+    """What `read_parameters` gives, from files that are open, in any layout of the family."""
+    table = choose_table(get_family(config.family), config, files)
+    check_tensors(config, table, files)
 
-        return import_tensors(config, table, read_into, dtype_of)
+    def dtype_of(path: tuple[str, ...], keys: list[str]) -> np.dtype:
+        if dtype is not None:
+            return np.dtype(jnp.dtype(dtype))
+        found = sorted({files.dtype(key).name for key in keys})
+        return np.dtype(jnp.result_type(*found)) if len(found) > 1 else files.dtype(keys[0])
+
+    return import_tensors(config, table, files.read_into, dtype_of)
 
 
 def choose_table(family: Family, config: ModelConfig, files: TensorFiles) -> NameTable:
@@ -257,12 +270,12 @@ def check_tensors(config: ModelConfig, table: NameTable, files: TensorFiles) -> 
         if key in files.tensors and files.tensors[key].shape != shape
     ]
     problems = [
-        f"{_shorten(names)} {verb}"
+        f"{shorten(names)} {verb}"
         for names, verb in ((missing, "missing"), (unexpected, "unexpected"), (wrong, "of the wrong shape"))
         if names
     ]
     if problems:
         raise UserError(
-            f"{files.directory}: its tensors are not those of its config.json ({config.family}, {config.num_layers} layers, "
+            f"{files.directory}: its tensors are not those of its configuration ({config.family}, {config.num_layers} layers, "
             f"{config.num_experts} experts, layout {table.name!r}): {'; '.join(problems)}"
         )

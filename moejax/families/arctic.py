@@ -45,7 +45,9 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
     reference code. Raises UserError, naming `where` and the field, for wrong types and for what the forward pass does not compute.
     """
     reader = ConfigReader(values, where)
-    reader.require("use_deepspeed_moe_implementation", (False,), "only the plain path, which drops no token, is implemented")
+    if reader.boolean("moe_token_dropping", True):  # without dropping, DeepSpeed's path computes what the plain one does
+        why = "only the plain path, which drops no token, is implemented; set it, or moe_token_dropping, to false to load the weights so"
+        reader.require("use_deepspeed_moe_implementation", (False,), why)
     reader.require("quantization", (), "quantising at run time is not implemented; set it to null to load the weights as they are")
     heads = reader.integer("num_attention_heads", 32)
     hidden_size = reader.integer("hidden_size", 4096)
@@ -118,11 +120,23 @@ CLASSIC = NameTable(
     },
 )
 
+# The names of models saved while they ran through DeepSpeed's MoE layer, all experts in one process.
+DEEPSPEED = NameTable(
+    "Hugging Face, DeepSpeed experts",
+    dict(CLASSIC.sources)
+    | {
+        "moe/router/kernel": Source(_LAYER + "block_sparse_moe.mlp.deepspeed_moe.gate.wg.weight"),
+        "moe/gate/kernel": Source(_LAYER + "block_sparse_moe.mlp.deepspeed_moe.experts.deepspeed_experts.{e}.w1.weight"),
+        "moe/up/kernel": Source(_LAYER + "block_sparse_moe.mlp.deepspeed_moe.experts.deepspeed_experts.{e}.w3.weight"),
+        "moe/down/kernel": Source(_LAYER + "block_sparse_moe.mlp.deepspeed_moe.experts.deepspeed_experts.{e}.w2.weight"),
+    },
+)
+
 ARCTIC = Family(
     name="arctic",
     architecture="ArcticForCausalLM",
     presets={"arctic_480b": ARCTIC_480B},
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    tables=(CLASSIC,),
+    tables=(CLASSIC, DEEPSPEED),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moejax.checkpoint.detect import detect, find_checkpoint
+from moejax.checkpoint.detect import detect, find_checkpoint, list_kinds
 from moejax.checkpoint.store import save, step_directory
 from moejax.config import UserError
 
@@ -22,12 +22,27 @@ def test_each_kind_is_seen(tmp_path, golden, small_config, random_tree):
     assert find_checkpoint(golden("mixtral_hf_sharded").directory)[0] == "hf"
 
 
+def test_mistrals_layout_and_what_comes_first(tmp_path):
+    for name in ("consolidated.safetensors", "consolidated.00.pth", "consolidated.00.pt"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_text("x")
+        (folder / "config.json").write_text("{}")  # as on the Hub, where both layouts lie together
+        assert detect(folder) == "mistral"
+        (folder / "model.safetensors").write_text("x")
+        assert list_kinds(folder) == ["hf", "mistral"]
+        assert detect(folder) == "hf"
+        (folder / "checkpoints").mkdir()
+        assert list_kinds(folder) == ["run", "hf", "mistral"]
+        (folder / "moejax.json").write_text("{}")
+        assert list_kinds(folder) == ["moejax", "run", "hf", "mistral"]
+        assert detect(folder) == "moejax"
+
+
 def test_paths_that_hold_nothing(tmp_path):
     (tmp_path / "my_run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("x")
-    (tmp_path / "mistral").mkdir()
-    (tmp_path / "mistral" / "consolidated.00.pth").write_text("x")
     (tmp_path / "pickles").mkdir()
     (tmp_path / "pickles" / "pytorch_model.bin").write_text("x")
     (tmp_path / "a.gguf").write_text("x")
@@ -39,7 +54,6 @@ def test_paths_that_hold_nothing(tmp_path):
         ("notes", r"holds no checkpoint: looked for moejax.json .* found todo.txt"),
         ("notes/todo.txt", "is a file; expected a directory"),
         ("a.gguf", "is a GGUF checkpoint"),
-        ("mistral", r"Mistral's own layout \(params.json, consolidated"),
         ("pickles", "PyTorch pickles"),
     ):
         with pytest.raises(UserError, match=message):

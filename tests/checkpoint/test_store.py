@@ -13,6 +13,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moejax.checkpoint.manifest import seal_metadata
 from moejax.checkpoint.store import (
     latest_step,
     list_steps,
@@ -137,17 +138,23 @@ def test_damage_is_named(tmp_path, small_config, random_tree):
     path = damaged("truncated")
     for file in (path / "params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match="truncated/params is damaged"):
+    with pytest.raises(UserError, match=r"truncated/params/.* is truncated: it holds [\d,]+ bytes, manifest.json says"):
         restore_params(path, small_config)
+    with pytest.raises(UserError, match="truncated/params is damaged"):
+        restore_params(path, small_config, verify=False)
     path = damaged("no_data")
     shutil.rmtree(path / "params" / "d")
     shutil.rmtree(path / "params" / "ocdbt.process_0")
-    with pytest.raises(UserError, match="no_data/params is damaged"):
+    with pytest.raises(UserError, match=r"no_data/params/.* is missing, and \d+ other files like it"):
         restore_params(path, small_config)
+    with pytest.raises(UserError, match="no_data/params is damaged"):
+        restore_params(path, small_config, verify=False)
     path = damaged("no_description")
     (path / "params" / "_METADATA").write_text("{")
-    with pytest.raises(UserError, match="no_description/params is damaged"):
+    with pytest.raises(UserError, match="_METADATA is truncated"):
         restore_params(path, small_config)
+    with pytest.raises(UserError, match="no_description/params is damaged"):
+        restore_params(path, small_config, verify=False)
     path = damaged("no_params")
     shutil.rmtree(path / "params")
     with pytest.raises(UserError, match="has no params/"):
@@ -162,11 +169,14 @@ def test_damaged_metadata_is_named(tmp_path):
         ("[]", "damaged"),
         ('{"format": 1}', "damaged"),
         ('{"format": 2}', "is of format 2, this version of moejax reads 1"),
-        ('{"format": 1, "model": {"num_expert": 8}, "step": null, "run": null}', "did you mean 'num_experts'"),
+        ('{"format": 1, "model": {}, "step": null, "run": null}', "its checksum does not fit its text"),
     ):
         (tmp_path / "moejax.json").write_text(text)
         with pytest.raises(UserError, match=message):
             read_metadata(tmp_path)
+    seal_metadata(tmp_path, {"format": 1, "model": {"num_expert": 8}})
+    with pytest.raises(UserError, match="did you mean 'num_experts'"):
+        read_metadata(tmp_path)
 
 
 FULL_DISK = """

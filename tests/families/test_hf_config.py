@@ -159,6 +159,12 @@ def test_what_arctic_refuses(values, message):
         get_family("arctic").config_from_hf(values, "config.json")
 
 
+def test_arctics_deepspeed_path_is_read_where_it_drops_nothing():
+    read = get_family("arctic").config_from_hf
+    plain = read({"moe_token_dropping": False}, "config.json")
+    assert read({"use_deepspeed_moe_implementation": True, "moe_token_dropping": False}, "config.json") == plain
+
+
 @pytest.mark.parametrize(
     ("config", "field"),
     [
