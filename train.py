@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moejax.cli import parse_run, run_command
-from moejax.config import RunConfig
+from moejax.config import RunConfig, UserError
 
 if TYPE_CHECKING:
     from moejax.training.loop import EvaluationSet
@@ -29,20 +29,28 @@ def main(argv: list[str]) -> None:
 
         print(summarise(config.model))
         return
-    train(config)
+    try:
+        train(config)
+    except OSError as error:
+        explain_full_disk(config, error)
+        raise
 
 
 def train(config: RunConfig) -> None:
     """The main job: data, model, loop, evaluation, a sample."""
     from moejax.data import pipeline
-    from moejax.model.transformer import Transformer
+    from moejax.families import get_family
     from moejax.sharding import require_one_device
-    from moejax.training.loop import Trainer
     from moejax.training.run_directory import claim_run_directory
 
+    get_family(config.model.family)
     require_one_device(config.mesh)
     directory = claim_run_directory(config)
     data = pipeline.prepare(config.data, config.model.vocab_size, directory, log)
+    # Only now what compiles and what touches the device: mistakes so far were answered at once.
+    from moejax.model.transformer import Transformer
+    from moejax.training.loop import Trainer
+
     batches = pipeline.make_dataset(config.data, data.rows, config.train.batch_size)
     evaluation = {name: evaluation_set(config, data.tokenizer, documents) for name, documents in data.held_out.items()}
     trainer = Trainer(config, Transformer(config.model), batches.__getitem__, evaluation, data.tokenizer.save, log)
@@ -54,6 +62,17 @@ def train(config: RunConfig) -> None:
     state = trainer.run(state)
     report(config, trainer.evaluate(state), data.held_out)
     print_sample(config, trainer.model, state.params, data.tokenizer)
+
+
+def explain_full_disk(config: RunConfig, error: OSError) -> None:
+    """Raises UserError where a write found no room (metrics, tokenizer); checkpoints say so themselves."""
+    from moejax.checkpoint.atomic import FULL_DISK_ERRORS
+
+    if error.errno in FULL_DISK_ERRORS:
+        raise UserError(
+            f"no room to write in the run directory {config.directory} ({error.strerror}); checkpoints saved so far are unchanged; make "
+            "room and give the same command again, or choose another --run-dir"
+        ) from error
 
 
 def evaluation_set(config: RunConfig, tokenizer, documents: list) -> "EvaluationSet":

@@ -27,6 +27,6 @@ def config() -> RunConfig:
             domains=(Domain("prose", "prose", 0.5), Domain("code", "code", 0.45), Domain("sql", "sql", 0.05)),
             sequence_length=256,
         ),
-        train=TrainConfig(steps=600, batch_size=4, optimizer="muon", learning_rate=0.02, adam_learning_rate=0.003, warmup_steps=20),
+        train=TrainConfig(steps=600, batch_size=4, optimizer="muon", learning_rate=0.02, adam_learning_rate=0.006, warmup_steps=20),
         sample=SampleConfig(prompt="def read_"),
     )
