@@ -2,6 +2,7 @@
 
     python train.py                                          configs/tiny.py, a small Arctic-style model on text this machine has
     python train.py configs/x.py --train.steps 20 ...        another config, any field overridden
+    python train.py configs/finetune.py --init-from DIR --data.path my.jsonl      goes on from a checkpoint's weights, docs/finetuning.md
     python train.py configs/arctic_480b.py --summary         what the model is made of; nothing is allocated
 
 The run lives in runs/<name> (or --run-dir): config.json, tokenizer.model, metrics.jsonl, checkpoints/. The same command goes on
@@ -9,7 +10,7 @@ where the run stopped.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moejax.cli import parse_run, run_command
 from moejax.config import RunConfig, UserError
@@ -23,7 +24,7 @@ FLAGS = {"--summary": "print the parameters by kind of module, and stop"}
 
 def main(argv: list[str]) -> None:
     """Reads the configuration; trains, or prints the summary."""
-    config, _, flags = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS)
+    config, _, flags = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS, complete)
     if "--summary" in flags:
         from moejax.families.counts import summarise
 
@@ -36,24 +37,41 @@ def main(argv: list[str]) -> None:
         raise
 
 
+def complete(config: RunConfig) -> RunConfig:
+    """The model's section from the checkpoint that the run begins with, where the config leaves it open."""
+    if config.init_from is None:
+        return config
+    from moejax.training.initial import complete_config
+
+    return complete_config(config)
+
+
 def train(config: RunConfig) -> None:
     """The main job: data, model, loop, evaluation, a sample."""
     from moejax.data import pipeline
     from moejax.families import get_family
     from moejax.sharding import require_one_device
+    from moejax.training import initial
     from moejax.training.run_directory import claim_run_directory
 
     get_family(config.model.family)
     require_one_device(config.mesh)
+    start = initial.find_start(config)
     directory = claim_run_directory(config)
-    data = pipeline.prepare(config.data, config.model.vocab_size, directory, log)
+    if start is not None:
+        initial.keep_companions(start, directory)
+    elif config.init_from:
+        log(f"{directory} goes on from its own checkpoint; {config.init_from} is not read again (another --run-dir starts anew)")
+    data = pipeline.prepare(config.data, config.model.vocab_size, directory, log, start and start.tokenizer)
     # Only now what compiles and what touches the device: mistakes so far were answered at once.
     from moejax.model.transformer import Transformer
     from moejax.training.loop import Trainer
 
     batches = pipeline.make_dataset(config.data, data.rows, config.train.batch_size)
     evaluation = {name: evaluation_set(config, data.tokenizer, documents) for name, documents in data.held_out.items()}
-    trainer = Trainer(config, Transformer(config.model), batches.__getitem__, evaluation, data.tokenizer.save, log)
+    write_extra = initial.companion_writer(directory, data.tokenizer)
+    load_weights = None if start is None else lambda: load_initial_weights(config)
+    trainer = Trainer(config, Transformer(config.model), batches.__getitem__, evaluation, write_extra, log, load_weights)
     state = trainer.restore_or_create()
     if int(state.step) >= config.train.steps:
         log(
@@ -62,6 +80,17 @@ def train(config: RunConfig) -> None:
     state = trainer.run(state)
     report(config, trainer.evaluate(state), data.held_out)
     print_sample(config, trainer.model, state.params, data.tokenizer)
+
+
+def load_initial_weights(config: RunConfig) -> Any:
+    """The weights of `init_from`, in the run's dtype and layout."""
+    import moejax
+    from moejax.model.transformer import stack_layers, unstack_layers
+
+    log(f"beginning with the weights of {config.init_from}")
+    model, variables, _ = moejax.load(str(config.init_from), dtype=config.model.param_dtype)
+    stacked = variables["params"] if model.config.scan_layers else stack_layers(variables["params"], model.config)
+    return stacked if config.model.scan_layers else unstack_layers(stacked, config.model)
 
 
 def explain_full_disk(config: RunConfig, error: OSError) -> None:

@@ -61,18 +61,27 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def parse_run(argv: Sequence[str], default_path: str | Path, flags: Mapping[str, str] | None = None) -> ParsedRun:
+def parse_run(
+    argv: Sequence[str],
+    default_path: str | Path,
+    flags: Mapping[str, str] | None = None,
+    complete: Callable[[RunConfig], RunConfig] | None = None,
+) -> ParsedRun:
     """Reads `[CONFIG.py] [--flag] [--section.field value ...]`, the config file anywhere among the flags.
 
     `default_path` is the config used when none is named; `flags` maps each flag of the command itself (`"--summary"`) to
-    its line of help. Raises UserError for a config that is missing or wrong, an unknown flag and values that cannot work
-    together; exits with status 0 after `--help`, and 2 after tyro's message for a value of the wrong type.
+    its line of help. `complete` may fill in what the file leaves open, before flags have their say: it gets the file's config
+    with the run's name and directory and `init_from` as the flags set them. Raises UserError for a config that is missing or
+    wrong, an unknown flag and values that cannot work together; exits with status 0 after `--help`, and 2 after tyro's message for
+    a value of the wrong type.
     """
     own_flags = dict(flags or {})
     given = frozenset(token for token in argv if token in own_flags)
     rest = [token for token in argv if token not in own_flags]
     path, rest = _take_config_path(rest, Path(default_path))
     config, description = load_config(path, Path(default_path).parent)
+    if complete is not None and not _wants_help(rest):
+        config = complete(_take_whereabouts(rest, config, own_flags))
     program = Path(sys.argv[0]).name
     where = _display(path)
     help_lines = ["config file:", f"  a Python file with config() -> RunConfig, anywhere among the flags; here {where}"]
@@ -100,7 +109,7 @@ def parse(
     import tyro
 
     known = dict(_known_flags(default))
-    wants_help = any(token in ("-h", "--help") for token in argv)
+    wants_help = _wants_help(argv)
     tokens = _normalise(argv, known)
     if not wants_help:
         _refuse_unknown(tokens, known, also_known or {})
@@ -120,6 +129,24 @@ def parse(
         raise
     sys.stderr.write(messages.getvalue())
     return parsed
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return any(token in ("-h", "--help") for token in argv)
+
+
+def _take_whereabouts(argv: Sequence[str], config: RunConfig, own_flags: Mapping[str, str]) -> RunConfig:
+    """The config with what the flags say of where the run lives and starts. Raises UserError for a flag that no field goes by."""
+    known = dict(_known_flags(config))
+    tokens = _normalise(argv, known)
+    _refuse_unknown(tokens, known, own_flags)
+    for field in ("name", "run_dir", "init_from"):
+        flag = f"--{field.replace('_', '-')}"
+        for position, token in enumerate(tokens):
+            name, has_value, value = token.partition("=")
+            if name.replace("_", "-") == flag and (has_value or position + 1 < len(tokens)):
+                config = dataclasses.replace(config, **{field: value if has_value else tokens[position + 1]})
+    return config
 
 
 def load_config(path: Path, configs_directory: Path) -> tuple[RunConfig, str | None]:

@@ -306,6 +306,7 @@ class RunConfig:
 
     name: str = "run"
     run_dir: str | None = None  # None: runs/<name>
+    init_from: str | None = None  # a checkpoint whose weights and tokenizer the run starts with; "": one must be named by --init-from
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -357,6 +358,7 @@ def run_from_json(values: dict[str, Any], where: str = "run config") -> RunConfi
     return RunConfig(
         name=values["name"],
         run_dir=values["run_dir"],
+        init_from=values.get("init_from"),  # younger than some runs
         model=model_from_json(values["model"], where),
         mesh=_from_json(MeshConfig, values["mesh"], where),
         data=_from_json(DataConfig, data, where),

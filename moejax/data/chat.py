@@ -46,6 +46,17 @@ def encode_chat(
     return _encode_mistral(chat_format, tokenizer, messages)
 
 
+def check_chat_format(chat_format: str, tokenizer: _Encoder) -> None:
+    """Raises UserError where the format is unknown, or the tokenizer lacks what its marks are made of."""
+    if chat_format not in CHAT_FORMATS:
+        raise UserError(f"chat format {chat_format!r} is unknown; expected one of {', '.join(CHAT_FORMATS)}")
+    lacking = [mark for mark in ("[INST]", "[/INST]") if chat_format == "mistral-v3" and tokenizer.find_piece(mark) is None]
+    if tokenizer.bos_token_id is None or not tokenizer.eos_token_ids:
+        lacking += ["ids of beginning and end of text"]
+    if lacking:
+        raise UserError(f"chat format {chat_format!r} does not go with this tokenizer: it has no {' and no '.join(lacking)}")
+
+
 def render_arctic(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
     """A conversation as Arctic's template writes it, control marks spelled out."""
     text = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)

@@ -96,14 +96,21 @@ class Prepared:
     held_out: dict[str, list[Document]]
 
 
-def prepare(data: DataConfig, vocab_size: int, directory: str | os.PathLike[str], log: Callable[[str], None] = print) -> Prepared:
+def prepare(
+    data: DataConfig,
+    vocab_size: int,
+    directory: str | os.PathLike[str],
+    log: Callable[[str], None] = print,
+    given: tokenizers.Tokenizer | None = None,
+) -> Prepared:
     """Reads the text of every domain, holds documents out, gets the run's tokenizer, and packs the training rows.
 
-    The tokenizer is the one in `directory` (a run that goes on), else `data.tokenizer`, else a new one trained on the text;
+    The tokenizer is the one in `directory` (a run that goes on), else `given` (that of the weights the run starts with), else
+    `data.tokenizer`, else a new one trained on the text;
     it is kept in `directory`, and so are tokens and held-out text, which a run that goes on finds as it left them even where the
     installed packages have changed since. Logs a line a domain. Raises UserError for text or tokenizers that cannot be used.
     """
-    known = _load_known_tokenizer(data, vocab_size, Path(directory))
+    known = _load_known_tokenizer(data, vocab_size, Path(directory), given)
     if known is not None:
         kept = cache.load(directory, data, known.model_bytes, log)
         if kept is not None:
@@ -136,13 +143,19 @@ def _bytes_to_read(data: DataConfig, domain: Domain) -> int:
     return max(int(data.max_megabytes * 1e6 * share), 1)
 
 
-def _load_known_tokenizer(data: DataConfig, vocab_size: int, directory: Path) -> tokenizers.Tokenizer | None:
-    given = tokenizers.load_tokenizer(data.tokenizer) if data.tokenizer is not None else None
+def _load_known_tokenizer(
+    data: DataConfig, vocab_size: int, directory: Path, given: tokenizers.Tokenizer | None
+) -> tokenizers.Tokenizer | None:
+    if given is None and data.tokenizer is not None:
+        given = tokenizers.load_tokenizer(data.tokenizer)
     kept = tokenizers.find_tokenizer(directory) if directory.is_dir() else None
     if given is not None and kept is not None and given.model_bytes != kept.model_bytes:
+        other, flag = (
+            ("that of init_from", "--init-from") if data.tokenizer is None else (f"data.tokenizer={data.tokenizer!r}", "--data.tokenizer")
+        )
         raise UserError(
-            f"the run directory {str(directory)!r} was begun with another tokenizer than data.tokenizer={data.tokenizer!r}; "
-            "leave --data.tokenizer out to go on with that run, or choose another --run-dir"
+            f"the run directory {str(directory)!r} was begun with another tokenizer than {other}; "
+            f"leave {flag} out to go on with that run, or choose another --run-dir"
         )
     tokenizer = kept or given
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:

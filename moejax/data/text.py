@@ -34,6 +34,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    chat_format: str | None  # one of moejax.data.chat.CHAT_FORMATS
     model_bytes: bytes  # the tokenizer's file
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:

@@ -21,7 +21,7 @@ from moejax.model.transformer import Transformer, head_weight
 from moejax.ops.matmul import project
 from moejax.ops.sampling import Sampling, sample_tokens
 
-BUCKET = 64  # prompt lengths and cache capacities are rounded up to a multiple of this
+BUCKET = 64  # prompt lengths and cache capacities are rounded up to a multiple of this, unless an engine is given another
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ def pick_tokens(logits: Array, settings: Sampling, keys: Array, step: Array) -> 
 class Engine:
     """Continues batches of token ids with one model; holds no state between calls beside compiled programs."""
 
-    def __init__(self, model: Transformer, variables: Any) -> None:
+    def __init__(self, model: Transformer, variables: Any, bucket: int = BUCKET) -> None:
         self.model = model
         self.variables = variables
+        self.bucket = bucket
 
     def stream(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> Iterator[list[int | None]]:
         """Yields after every step the new token of each row, None for rows that have stopped; EOS itself is not yielded.
@@ -88,12 +89,12 @@ class Engine:
         if not prompts or settings.max_new_tokens == 0:
             return
         longest = max(map(len, prompts))
-        width = round_up(longest, BUCKET)
+        width = round_up(longest, self.bucket)
         tokens = np.zeros((len(prompts), width), np.int32)
         mask = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
-        cache = create_cache(config, len(prompts), round_up(longest + settings.max_new_tokens, BUCKET))
+        cache = create_cache(config, len(prompts), round_up(longest + settings.max_new_tokens, self.bucket))
         logits, cache = prefill(self.model, self.variables, tokens, mask, cache)
         sampling = self._sampling(len(prompts), settings)
         keys = jax.vmap(jax.random.key)(settings.seed + np.arange(len(prompts)))

@@ -21,7 +21,7 @@ from moejax.config import RunConfig, to_json
 from moejax.model.transformer import Transformer, stack_layers, unstack_layers
 from moejax.training.metrics import MetricsLog, Progress
 from moejax.training.objectives import negative_log_likelihoods, pretrain
-from moejax.training.state import TrainState, abstract_state, create_optimizer, create_state, learning_rate_schedule
+from moejax.training.state import TrainState, abstract_state, begin_state, create_optimizer, create_state, learning_rate_schedule
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -83,14 +83,17 @@ class Trainer:
     evaluation: dict[str, EvaluationSet]
     write_extra: Callable[[Path], None]  # puts what sampling needs (the tokenizer) into a checkpoint
     log: Callable[[str], None] = print
+    initial_params: Callable[[], Any] | None = None  # loads the weights that a new run begins with; None: they are drawn
 
     def __post_init__(self) -> None:
         self.optimizer = create_optimizer(self.config.train)
         self.directory = Path(self.config.directory)
 
     def restore_or_create(self) -> TrainState:
-        """The newest complete checkpoint of the run directory, or a fresh state."""
+        """The newest complete checkpoint of the run directory, else a state before the first step."""
         newest = store.latest_step(self.directory)
+        if newest is None and self.initial_params is not None:
+            return begin_state(self.optimizer, self.initial_params())
         if newest is None:
             return create_state(self.model, self.optimizer, self.config.train.seed)
         step = store.read_metadata(newest).step

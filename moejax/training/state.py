@@ -95,6 +95,12 @@ def create_state(model: Transformer, optimizer: optax.GradientTransformation, se
     return _create_compiled(model, optimizer, jax.random.key(seed))
 
 
+def begin_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """The state before the first step on given weights. They are copied: the first step gives away the buffers it gets."""
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+    return TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
+
+
 def abstract_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes and types of the state, nothing allocated."""
     return jax.eval_shape(functools.partial(_create, model, optimizer), jax.random.key(0))
