@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moejax.checkpoint import store
 from moejax.checkpoint.detect import find_checkpoint
+from moejax.checkpoint.hub import locate
 from moejax.checkpoint.source import open_source
 from moejax.config import ModelConfig, RunConfig, UserError
 from moejax.data.text import Tokenizer, find_tokenizer, load_tokenizer
@@ -82,7 +83,7 @@ def find_start(config: RunConfig) -> Start | None:
 def read_model_config(path: str) -> tuple[Path, ModelConfig]:
     """The directory of a checkpoint's weights and its model's configuration. Raises UserError where there is none."""
     try:
-        kind, directory = find_checkpoint(path)
+        kind, directory = find_checkpoint(locate(path)[0])
         if kind == "moejax":
             return directory, store.read_metadata(directory).config
         with open_source(directory) as source:
@@ -104,7 +105,7 @@ def _differing(model: ModelConfig, other: ModelConfig, names: set[str]) -> set[s
 
 
 def _choose_tokenizer(config: RunConfig, directory: Path, model: ModelConfig) -> Tokenizer:
-    found = find_tokenizer(directory) or find_tokenizer(str(config.init_from))
+    found = find_tokenizer(directory) or find_tokenizer(locate(str(config.init_from))[0])
     named = load_tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
     if found is not None and named is not None and found.model_bytes != named.model_bytes:
         raise UserError(
