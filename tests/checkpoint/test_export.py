@@ -58,10 +58,13 @@ def test_shards_are_as_transformers_writes_them(tmp_path, small_mixtral, random_
 def test_a_run_is_exported_with_its_tokenizer_from_its_newest_checkpoint(tmp_path, small_mixtral, random_tree, assert_equal_trees):
     tree = random_tree(small_mixtral, "float32")
     older = dict(tree, final_norm={"scale": np.zeros(16, np.float32)})
+
+    def write_defaults(directory):
+        (directory / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+
     for step, params in ((1, older), (2, tree)):
-        store.save(store.step_directory(tmp_path / "run", step), params, small_mixtral, step=step)
+        store.save(store.step_directory(tmp_path / "run", step), params, small_mixtral, step=step, write_extra=write_defaults)
     (tmp_path / "run" / "tokenizer.json").write_bytes(b"{}")
-    (store.step_directory(tmp_path / "run", 2) / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     sizes = []
     export(tmp_path / "run", tmp_path / "theirs", report=lambda done, total: sizes.append((done, total)))
     config = torch_files.read_model_config(tmp_path / "theirs")
