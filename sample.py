@@ -71,10 +71,15 @@ def load(path: Path, arguments: Arguments) -> tuple[Any, Any, Any]:
     """(model, variables, tokenizer). Raises UserError, where possible before weights are read, without a tokenizer or a way to chat."""
     import moejax
     from moejax.checkpoint.detect import find_checkpoint
+    from moejax.checkpoint.source import open_source
     from moejax.data.text import find_tokenizer
 
     if path.is_dir():
-        choose_tokenizer(path, find_tokenizer(find_checkpoint(path)[1]) or find_tokenizer(path), arguments)
+        kind, directory = find_checkpoint(path)
+        if kind != "moejax":
+            with open_source(directory):
+                pass  # a format that is not read is refused by its name, before anything is missed beside it
+        choose_tokenizer(path, find_tokenizer(directory) or find_tokenizer(path), arguments)
     started = time.perf_counter()
     model, variables, tokenizer = moejax.load(path, dtype=arguments.dtype)
     note(f"{path}: {model.config.family}, loaded in {time.perf_counter() - started:.1f} s")
