@@ -71,6 +71,7 @@ def largest_difference(one, other) -> float:
     return max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
 
 
+@pytest.mark.slow
 def test_the_command_of_the_documents_from_a_published_checkpoint_and_on(place, tmp_path):
     from moejax.cli import parse_run
     from moejax.training.initial import complete_config
