@@ -9,6 +9,8 @@ The run lives in runs/<name> (or --run-dir): config.json, tokenizer.model, metri
 where the run stopped.
 """
 
+import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from moejax.cli import parse_run, run_command
 from moejax.config import RunConfig, UserError
 
 if TYPE_CHECKING:
-    from moejax.training.loop import EvaluationSet
+    from moejax.training.evaluation import EvaluationSet
 
 HERE = Path(__file__).resolve().parent
 FLAGS = {"--summary": "print the parameters by kind of module, and stop"}
@@ -25,6 +27,7 @@ FLAGS = {"--summary": "print the parameters by kind of module, and stop"}
 def main(argv: list[str]) -> None:
     """Reads the configuration; trains, or prints the summary."""
     config, _, flags = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS, complete)
+    config = replace(config, train=replace(config.train, steps=config.steps))
     if "--summary" in flags:
         from moejax.families.counts import summarise
 
@@ -67,13 +70,13 @@ def train(config: RunConfig) -> None:
     from moejax.model.transformer import Transformer
     from moejax.training.loop import Trainer
 
-    batches = pipeline.make_dataset(config.data, data.rows, config.train.batch_size)
+    batches_from = functools.partial(pipeline.batches_from, config.data, data.rows, config.train.batch_size)
     evaluation = {name: evaluation_set(config, data.tokenizer, documents) for name, documents in data.held_out.items()}
     write_extra = initial.companion_writer(directory, data.tokenizer)
     load_weights = None if start is None else lambda: load_initial_weights(config)
-    trainer = Trainer(config, Transformer(config.model), batches.__getitem__, evaluation, write_extra, log, load_weights)
+    trainer = Trainer(config, Transformer(config.model), batches_from, evaluation, write_extra, log, load_weights)
     state = trainer.restore_or_create()
-    if int(state.step) >= config.train.steps:
+    if int(state.step) >= config.steps:
         log(
             f"{directory} is done: it has trained for {int(state.step)} steps. Train longer with --train.steps, or elsewhere with --run-dir"
         )
@@ -107,7 +110,7 @@ def explain_full_disk(config: RunConfig, error: OSError) -> None:
 def evaluation_set(config: RunConfig, tokenizer, documents: list) -> "EvaluationSet":
     """A domain's held-out text, as batches that cover every byte once."""
     from moejax.data import pipeline
-    from moejax.training.loop import EvaluationSet
+    from moejax.training.evaluation import EvaluationSet
 
     rows, utf8_bytes = pipeline.evaluation_rows(tokenizer, documents, config.data.sequence_length, evaluation_bytes(config))
     return EvaluationSet(list(pipeline.iterate_rows(rows, config.train.batch_size)), utf8_bytes)

@@ -7,7 +7,7 @@ tokens of prose, code and generated SQL. Expect under 3 minutes on two quiet cor
 prose, 1.68 of code and 0.61 of SQL, where gzip -9 needs 2.20, 1.81 and 1.44.
 """
 
-from moejax.config import DataConfig, Domain, ModelConfig, RunConfig, SampleConfig, TrainConfig
+from moejax.config import DataConfig, Domain, ModelConfig, RunConfig, SampleConfig, Stage, TrainConfig
 
 
 def config() -> RunConfig:
@@ -28,11 +28,14 @@ def config() -> RunConfig:
             residual_mlp=True,
         ),
         data=DataConfig(
-            domains=(Domain("prose", "prose", 0.5), Domain("code", "code", 0.45), Domain("sql", "sql", 0.05)),
+            domains=(
+                Domain("prose", "builtin:prose", max_megabytes=8.0),
+                Domain("code", "builtin:code", max_megabytes=8.0),
+                Domain("sql", "builtin:sql", max_megabytes=0.8),
+            ),
+            stages=(Stage(614_400, {"prose": 0.5, "code": 0.45, "sql": 0.05}),),
             sequence_length=256,
         ),
-        train=TrainConfig(
-            steps=600, log_every=20, batch_size=4, optimizer="muon", learning_rate=0.02, adam_learning_rate=0.006, warmup_steps=20
-        ),
+        train=TrainConfig(log_every=20, batch_size=4, optimizer="muon", learning_rate=0.02, adam_learning_rate=0.006, warmup_steps=20),
         sample=SampleConfig(prompt="def read_"),
     )

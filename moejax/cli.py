@@ -258,6 +258,8 @@ def _known_flags(config: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             for index, item in enumerate(value):
                 yield from _known_flags(item, f"{prefix}{name}.{index}.")
+        elif isinstance(value, Mapping):
+            yield from ((f"{prefix}{name}.{key.replace('_', '-')}", True) for key in value)
         elif isinstance(value, bool):
             yield f"{prefix}{name}", False
             yield f"{prefix}no-{name}", False

@@ -7,83 +7,21 @@ flags: `RunConfig.train.save_every` is `--train.save-every`. Every size is a cou
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import json
-import math
-import types
+import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
+
+from moejax.checks import UserError, divisors, nearest, require_choice, require_positive, require_types
+from moejax.data_config import DataConfig, Domain, Stage
 
 DispatchName = Literal["sorted", "dense"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 RematName = Literal["none", "full", "dots"]
+OptimizerName = Literal["adamw", "adafactor", "lion", "muon"]
+ScheduleName = Literal["cosine", "wsd", "linear", "constant"]
 
-
-class UserError(ValueError):
-    """Bad input, in one message: what, where, got, expected, what to do. Commands print it and exit with status 2."""
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of a positive integer, ascending: what an error message offers instead of a size that does not divide."""
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-_type_hints = functools.cache(get_type_hints)
-_TYPE_NAMES = {int: "a whole number", float: "a finite number", str: "a text", bool: "True or False", type(None): "None"}
-
-
-def _require_types(section: str, config: Any) -> None:
-    """Raises UserError for the first field whose value is not of its annotated type; a whole number is a number too."""
-    for name, expected in _type_hints(type(config)).items():
-        value = getattr(config, name)
-        if not _is_of_type(value, expected):
-            where = f"{section}.{name}" if section else name
-            raise UserError(
-                f"{where}={value!r} is of type {type(value).__name__}; expected {_describe_type(expected)}; "
-                f"correct it in the config file or set --{where.replace('_', '-')}"
-            )
-
-
-def _is_of_type(value: Any, expected: Any) -> bool:
-    origin = get_origin(expected)
-    if origin is Literal:
-        return isinstance(value, str)  # which one, `_require_choice` says
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is_of_type(item, get_args(expected)[0]) for item in value)
-    if origin in (Union, types.UnionType):
-        return any(_is_of_type(value, option) for option in get_args(expected))
-    if isinstance(value, bool):  # Python's bool is an int; a count that is True is a mistake
-        return expected is bool
-    if expected is float:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    return isinstance(value, expected)
-
-
-def _describe_type(expected: Any) -> str:
-    origin, arguments = get_origin(expected), get_args(expected)
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, arguments))}"
-    if origin is tuple:
-        return f"a tuple, each item {_describe_type(arguments[0])}"
-    if arguments:
-        return " or ".join(map(_describe_type, arguments))
-    return _TYPE_NAMES.get(expected, f"a {expected.__name__}")
-
-
-def _require_positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{section}.{name}={value!r} must be greater than 0; set --{section}.{name.replace('_', '-')}")
-
-
-def _require_choice(section: str, config: Any, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{section}.{name}={value!r} is unknown; expected one of {', '.join(choices)}{hint}")
+DEFAULT_STEPS = 400  # of a run that says neither how many steps it takes nor how many tokens its stages have
 
 
 @dataclass(frozen=True)
@@ -116,6 +54,7 @@ class ModelConfig:
     attention_window: int | None = None  # keys a query sees, itself included; None: all before it
     router_aux_loss_kind: Literal["pooled", "per_layer"] = "per_layer"  # Mixtral's (masked, pooled), or Arctic's (all positions, summed)
     router_aux_loss_coefficient: float = 0.001
+    router_bias: bool = False  # a bias per expert, added to its probability when experts are chosen: balances load without a loss
     router_z_loss_coefficient: float = 0.0
 
     dispatch: DispatchName = "sorted"  # how tokens reach their experts: sorted (dropless) or dense (the slow reference)
@@ -129,17 +68,17 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
-        _require_types("model", self)
-        _require_positive(
+        require_types("model", self)
+        require_positive(
             "model", self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size",
             "num_experts", "experts_per_token", "max_length", "rope_theta", "norm_epsilon", "moe_every", "attention_window",
         )  # fmt: skip
-        _require_choice("model", self, "dispatch", ("sorted", "dense"))
-        _require_choice("model", self, "top_1_weight", ("one", "probability"))
-        _require_choice("model", self, "router_aux_loss_kind", ("pooled", "per_layer"))
-        _require_choice("model", self, "dtype", ("float32", "bfloat16", "float16"))
-        _require_choice("model", self, "param_dtype", ("float32", "bfloat16", "float16"))
-        _require_choice("model", self, "remat", ("none", "full", "dots"))
+        require_choice("model", self, "dispatch", ("sorted", "dense"))
+        require_choice("model", self, "top_1_weight", ("one", "probability"))
+        require_choice("model", self, "router_aux_loss_kind", ("pooled", "per_layer"))
+        require_choice("model", self, "dtype", ("float32", "bfloat16", "float16"))
+        require_choice("model", self, "param_dtype", ("float32", "bfloat16", "float16"))
+        require_choice("model", self, "remat", ("none", "full", "dots"))
         if self.head_size is None and self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}; use one of "
@@ -185,7 +124,7 @@ class MeshConfig:
     stage: int = 1
 
     def __post_init__(self) -> None:
-        _require_types("mesh", self)
+        require_types("mesh", self)
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             if size != -1 and size < 1:
@@ -196,85 +135,66 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class Domain:
-    """One kind of text: where it comes from and its share of the training tokens.
-
-    `source` names an entry of `moejax.data.sources`; `files` reads `path` (a file or a directory).
-    """
-
-    name: str
-    source: str
-    weight: float = 1.0
-    path: str | None = None
-
-    def __post_init__(self) -> None:
-        _require_types("data.domains", self)
-        if not self.weight > 0:
-            raise UserError(f"data domain {self.name!r} has weight {self.weight}; expected more than 0, or leave the domain out")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What the model reads. `path` replaces the domains by one, `text`, made of that file or directory."""
-
-    domains: tuple[Domain, ...] = (Domain("prose", "prose"), Domain("code", "code"), Domain("sql", "sql", 0.1))
-    path: str | None = None
-    tokenizer: str | None = None  # a SentencePiece file; None: one is trained on the run's own text
-    sequence_length: int = 256  # tokens a row
-    max_megabytes: float = 8.0  # text read per domain, in 10^6 UTF-8 bytes
-    held_out_fraction: float = 0.03  # share of whole documents (modules, files) kept for evaluation
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _require_types("data", self)
-        _require_positive("data", self, "sequence_length", "max_megabytes")
-        if not 0 < self.held_out_fraction < 1:
-            raise UserError(f"data.held_out_fraction={self.held_out_fraction} must lie between 0 and 1 (both excluded)")
-        if not self.domains and self.path is None:
-            raise UserError("data.domains is empty and data.path is not set; name at least one text to train on")
-        names = [domain.name for domain in self.domains]
-        if len(set(names)) < len(names):
-            raise UserError(f"data.domains has two domains of one name in {names}; names must differ, evaluation reports by them")
-
-    @property
-    def sources(self) -> tuple[Domain, ...]:
-        """The domains in force: those of the config, or the one of `path`."""
-        return self.domains if self.path is None else (Domain("text", "files", 1.0, self.path),)
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """Length, optimiser and bookkeeping of a training run."""
 
-    steps: int = 400
+    steps: int | None = None  # None: to the end of the stages; a run longer than its stages goes on with the last one's mixture
     batch_size: int = 8  # rows a step
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    accumulation_steps: int = 1  # parts that a batch is computed in, one after another: less memory, the same gradient
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 3e-4  # peak
     adam_learning_rate: float = 3e-3  # peak for what Muon leaves to AdamW (embeddings, head, norms, router)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: ScheduleName = "cosine"
     warmup_steps: int = 20
+    decay_fraction: float = 0.2  # share of the steps, at the end, over which schedule wsd comes down
     final_learning_rate_fraction: float = 0.05
     weight_decay: float = 0.1
     beta_1: float = 0.9
     beta_2: float = 0.95
     clip_norm: float = 1.0  # of the global gradient
+    router_bias_rate: float = 1e-3  # a step's change of the biases that balance the experts' load, where model.router_bias is on
+    max_nonfinite_steps: int = 10  # steps in a row with an infinite or undefined gradient after which the run stops; each is skipped
     log_every: int = 10
     save_every: int = 100
     eval_every: int = 0  # 0: only at the end
     eval_kilobytes: float = 200.0  # held-out text evaluated per domain, in 10^3 UTF-8 bytes
     keep_checkpoints: int = 2  # newest ones kept
+    keep_every: int = 0  # steps; checkpoints at its multiples are kept for good. 0: none is
+    tensorboard: bool = True  # event files in the run's directory
+    wandb: str | None = None  # project of Weights & Biases that the metrics go to as well; needs the wandb package
+    profile_steps: str | None = None  # FIRST:LAST, both included: a trace of these steps in the run's directory
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_types("train", self)
-        _require_positive(
-            "train", self, "steps", "batch_size", "learning_rate", "adam_learning_rate", "clip_norm", "log_every", "save_every"
-        )
-        _require_positive("train", self, "eval_kilobytes", "keep_checkpoints")
-        _require_choice("train", self, "optimizer", ("adamw", "muon"))
-        _require_choice("train", self, "schedule", ("cosine", "constant"))
-        if self.warmup_steps < 0 or self.eval_every < 0:
-            raise UserError(f"train.warmup_steps={self.warmup_steps} and train.eval_every={self.eval_every} must not be negative")
+        require_types("train", self)
+        require_positive(
+            "train", self, "steps", "batch_size", "accumulation_steps", "learning_rate", "adam_learning_rate", "clip_norm", "log_every",
+            "save_every", "eval_kilobytes", "keep_checkpoints", "max_nonfinite_steps",
+        )  # fmt: skip
+        require_choice("train", self, "optimizer", get_args(OptimizerName))
+        require_choice("train", self, "schedule", get_args(ScheduleName))
+        for name in ("warmup_steps", "eval_every", "keep_every", "router_bias_rate", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name}={getattr(self, name)} must not be negative; set --train.{name.replace('_', '-')}")
+        for name in ("decay_fraction", "final_learning_rate_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"train.{name}={getattr(self, name)} must lie between 0 and 1; set --train.{name.replace('_', '-')}")
+        if self.batch_size % self.accumulation_steps:
+            raise UserError(
+                f"train.accumulation_steps={self.accumulation_steps} does not divide train.batch_size={self.batch_size}; use one of "
+                f"{', '.join(map(str, divisors(self.batch_size)))}"
+            )
+        self.profiled  # noqa: B018 - raises for what is no range
+
+    @property
+    def profiled(self) -> range:
+        """The steps to trace, as a range; empty for none. Steps count from 1."""
+        if self.profile_steps is None:
+            return range(0)
+        match = re.fullmatch(r"(\d+):(\d+)", self.profile_steps)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UserError(f"train.profile_steps={self.profile_steps!r} is no range of steps; expected FIRST:LAST, as 10:13")
+        return range(int(match[1]), int(match[2]) + 1)
 
 
 @dataclass(frozen=True)
@@ -290,7 +210,7 @@ class SampleConfig:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _require_types("sample", self)
+        require_types("sample", self)
         if self.max_new_tokens < 0 or self.top_k < 0 or self.temperature < 0:
             raise UserError(
                 f"sample.max_new_tokens={self.max_new_tokens}, sample.top_k={self.top_k} and sample.temperature={self.temperature} "
@@ -314,12 +234,27 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
-        _require_types("", self)
+        require_types("", self)
         if self.data.sequence_length > self.model.max_length:
             raise UserError(
                 f"data.sequence_length={self.data.sequence_length} is longer than model.max_length={self.model.max_length}; "
                 "shorten the rows or raise --model.max-length"
             )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions a step reads, padding included."""
+        return self.train.batch_size * self.data.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run: train.steps, else as many as the stages' tokens fill."""
+        if self.train.steps is not None:
+            return self.train.steps
+        tokens = [stage.tokens for stage in self.data.curriculum]
+        if None in tokens:
+            return DEFAULT_STEPS
+        return -(-sum(count for count in tokens if count is not None) // self.tokens_per_step)
 
     @property
     def directory(self) -> str:
@@ -337,9 +272,7 @@ def _from_json(kind: type, values: dict[str, Any], where: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(kind)}
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{where} has an unknown field {name!r}{hint}; it may come from a newer version of moejax")
+            raise UserError(f"{where} has an unknown field {name!r}{nearest(name, known)}; it may come from a newer version of moejax")
     try:
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except UserError as error:
@@ -355,6 +288,7 @@ def run_from_json(values: dict[str, Any], where: str = "run config") -> RunConfi
     """The RunConfig written by `to_json`. Raises UserError, naming `where`, for fields it does not know."""
     data = dict(values["data"])
     data["domains"] = tuple(_from_json(Domain, domain, where) for domain in data["domains"])
+    data["stages"] = tuple(_from_json(Stage, stage, where) for stage in data.get("stages", ()))
     return RunConfig(
         name=values["name"],
         run_dir=values["run_dir"],

@@ -105,12 +105,12 @@ def test_a_flag_s_value_is_not_taken_for_the_config(folder):
 
 def test_other_kinds_of_values(folder):
     config = parse(
-        *("--model.eos-token-ids", "5", "6", "--model.head-size", "None", "--data.domains.0.weight", "2"),
+        *("--model.eos-token-ids", "5", "6", "--model.head-size", "None", "--data.domains.0.max-megabytes", "2"),
         *("--mesh.fsdp", "-1", "--sample.prompt", "-- every user", "--train.learning_rate", "1e-4"),
     ).config
     assert config.model.eos_token_ids == (5, 6)
     assert config.model.head_size is None
-    assert config.data.domains[0].weight == 2
+    assert config.data.domains[0].max_megabytes == 2
     assert config.mesh.fsdp == -1
     assert config.sample.prompt == "-- every user"
     assert config.train.learning_rate == 1e-4

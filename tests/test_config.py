@@ -14,6 +14,7 @@ from moejax.config import (
     ModelConfig,
     RunConfig,
     SampleConfig,
+    Stage,
     TrainConfig,
     UserError,
     divisors,
@@ -40,13 +41,35 @@ REFUSED = {
     "an unknown dtype": (lambda: ModelConfig(dtype="float8"), ("model.dtype='float8'", "float32, bfloat16, float16")),  # type: ignore
     "a mesh axis of no devices": (lambda: MeshConfig(expert=0), ("mesh.expert=0", "-1")),
     "two open mesh axes": (lambda: MeshConfig(data=-1, fsdp=-1), ("data", "fsdp", "only one")),
-    "a domain of no weight": (lambda: Domain("code", "code", 0.0), ("'code'", "0.0", "more than 0")),
+    "a domain of no weight": (lambda: Stage(10, {"code": 0.0}), ("'code'", "0.0", "above 0")),
+    "a stage of no domain": (lambda: Stage(10, {}), ("{}", "one at least")),
+    "a stage of no tokens": (lambda: Stage(0, {"code": 1}), ("tokens=0", "greater than 0")),
+    "a weight that is no number": (lambda: Stage(1, {"code": "much"}), ("'much'", "a dict from a text to a finite number")),
+    "a stage with an unknown domain": (
+        lambda: DataConfig(domains=(Domain("code", "x"),), stages=(Stage(1, {"cod": 1}),)),
+        ("data.stages.0", "'cod'", "did you mean 'code'?"),
+    ),
+    "an open stage before another": (
+        lambda: DataConfig(domains=(Domain("a", "x"),), stages=(Stage(None, {"a": 1}), Stage(1, {"a": 1}))),
+        ("data.stages.0.tokens", "only the last"),
+    ),
+    "an unknown builtin text": (lambda: Domain("code", "builtin:cod"), ("'builtin:cod'", "prose, code, sql", "did you mean 'code'?")),
+    "a domain's name that is no file's": (lambda: Domain("a/b", "x"), ("'a/b'", "letters")),
+    "an unknown format": (lambda: Domain("a", "x", "json"), ("'json'", "jsonl")),
+    "parts of a batch that are not whole": (
+        lambda: TrainConfig(batch_size=8, accumulation_steps=3),
+        ("train.accumulation_steps=3", "train.batch_size=8", "1, 2, 4, 8"),
+    ),
+    "a profile of no range": (lambda: TrainConfig(profile_steps="13:10"), ("train.profile_steps='13:10'", "FIRST:LAST")),
     "rows of no tokens": (lambda: DataConfig(sequence_length=0), ("data.sequence_length=0", "greater than 0")),
     "everything held out": (lambda: DataConfig(held_out_fraction=1.0), ("data.held_out_fraction=1.0", "between 0 and 1")),
     "nothing to read": (lambda: DataConfig(domains=()), ("data.domains", "data.path")),
     "two domains of one name": (lambda: DataConfig(domains=(Domain("a", "x"), Domain("a", "y"))), ("['a', 'a']", "differ")),
     "a negative learning rate": (lambda: TrainConfig(learning_rate=-1.0), ("train.learning_rate=-1.0", "greater than 0")),
-    "an unknown optimiser": (lambda: TrainConfig(optimizer="adam"), ("train.optimizer='adam'", "adamw, muon", "did you mean")),  # type: ignore
+    "an unknown optimiser": (
+        lambda: TrainConfig(optimizer="adam"),
+        ("train.optimizer='adam'", "adamw, adafactor, lion, muon", "did you mean"),
+    ),  # type: ignore
     "a negative warm-up": (lambda: TrainConfig(warmup_steps=-1), ("train.warmup_steps=-1", "not be negative")),
     "a negative temperature": (lambda: SampleConfig(temperature=-0.5), ("sample.temperature=-0.5", "not be negative")),
     "an empty nucleus": (lambda: SampleConfig(top_p=0.0), ("sample.top_p=0.0", "above 0")),
@@ -86,7 +109,7 @@ def test_moe_layers_end_each_period(moe_every, expected):
 
 def test_path_replaces_the_domains():
     assert [domain.name for domain in DataConfig().sources] == ["prose", "code", "sql"]
-    assert DataConfig(path="books").sources == (Domain("text", "files", 1.0, "books"),)
+    assert DataConfig(path="books").sources == (Domain("text", "books"),)
 
 
 def test_divisors():
@@ -101,7 +124,7 @@ CONFIGS = [
         run_dir="somewhere",
         model=ModelConfig(head_size=24, eos_token_ids=(2, 5), bos_token_id=None, attention_window=17),
         mesh=MeshConfig(expert=4),
-        data=DataConfig(domains=(Domain("a", "files", 2.0, "a.txt"),)),
+        data=DataConfig(domains=(Domain("a", "a.txt", "text"),), stages=(Stage(100, {"a": 2.0}), Stage(None, {"a": 1}))),
         train=TrainConfig(optimizer="muon"),
         sample=SampleConfig(ignore_eos=True),
     ),

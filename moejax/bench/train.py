@@ -47,8 +47,8 @@ def run(arguments: Arguments) -> None:
     """Measures and reports."""
     from moejax.data.pipeline import Batch
     from moejax.model.transformer import Transformer
-    from moejax.training.loop import train_step
     from moejax.training.state import create_optimizer, create_state
+    from moejax.training.step import train_step
 
     config, shape = arguments.model, (arguments.batch_size, arguments.sequence_length)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)

@@ -19,7 +19,7 @@ import numpy as np
 from moejax.config import DataConfig, Domain, UserError
 from moejax.data import cache
 from moejax.data import text as tokenizers
-from moejax.data.sources import GENERATED_SOURCES, Document, cut_bytes, read_documents, split_documents, stable_key
+from moejax.data.sources import DEFAULT_MEGABYTES, Document, cut_bytes, read_documents, split_documents, stable_key
 
 _TOKENIZER_SAMPLE = 4_000_000  # characters the tokenizer is trained on, all domains together
 _TOKENIZER_SAMPLE_PER_DOCUMENT = 20_000
@@ -136,11 +136,11 @@ def prepare(
 
 
 def _bytes_to_read(data: DataConfig, domain: Domain) -> int:
-    """The limit of the configuration; generated text, which never ends, only in proportion to its weight."""
-    share = 1.0
-    if domain.source in GENERATED_SOURCES:
-        share = domain.weight / max(other.weight for other in data.sources)
-    return max(int(data.max_megabytes * 1e6 * share), 1)
+    """The limit of the domain, or of all domains, in bytes; builtin text always has one."""
+    limits = [limit for limit in (domain.max_megabytes, data.max_megabytes) if limit is not None]
+    if domain.builtin is not None and not limits:
+        limits = [DEFAULT_MEGABYTES]
+    return max(int(min(limits) * 1e6), 1) if limits else 2**62
 
 
 def _load_known_tokenizer(
@@ -167,9 +167,9 @@ def _load_known_tokenizer(
 
 def _sample(data: DataConfig, train: Mapping[str, Sequence[Document]]) -> Iterator[str]:
     """Text to train the tokenizer on: of each domain by its weight, from the beginnings of many documents."""
-    total = sum(domain.weight for domain in data.sources)
+    shares = _shares(data)
     for domain in data.sources:
-        left = int(_TOKENIZER_SAMPLE * domain.weight / total)
+        left = int(_TOKENIZER_SAMPLE * shares[domain.name])
         several = len(train[domain.name]) * _TOKENIZER_SAMPLE_PER_DOCUMENT > left
         for document in train[domain.name]:
             part = document.text[: min(left, _TOKENIZER_SAMPLE_PER_DOCUMENT if several else left)]
@@ -177,6 +177,16 @@ def _sample(data: DataConfig, train: Mapping[str, Sequence[Document]]) -> Iterat
             yield part
             if left <= 0:
                 break
+
+
+def _shares(data: DataConfig) -> dict[str, float]:
+    """Each domain's share of the tokens of all stages; a stage as long as the run counts as much as the others together."""
+    known = sum(stage.tokens or 0 for stage in data.curriculum) or 1
+    shares = dict.fromkeys((domain.name for domain in data.sources), 0.0)
+    for stage in data.curriculum:
+        for name, weight in stage.weights.items():
+            shares[name] += (stage.tokens or known) * weight / sum(stage.weights.values())
+    return {name: share / sum(shares.values()) for name, share in shares.items()}
 
 
 def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> list[list[int]]:
@@ -193,14 +203,15 @@ def make_dataset(data: DataConfig, rows: Mapping[str, Rows], batch_size: int) ->
     """
     import grain
 
+    weights = data.curriculum[0].weights
     members = [
         grain.MapDataset.source(cast(Any, rows[domain.name])).shuffle(seed=stable_key(domain.name, data.seed) % 2**32).repeat()
         for domain in data.sources
     ]
-    return grain.MapDataset.mix(members, weights=[domain.weight for domain in data.sources]).batch(batch_size)
+    return grain.MapDataset.mix(members, weights=[weights[domain.name] for domain in data.sources]).batch(batch_size)
 
 
-def batches(data: DataConfig, rows: Mapping[str, Rows], batch_size: int, start_step: int = 0) -> Iterator[Batch]:
+def batches_from(data: DataConfig, rows: Mapping[str, Rows], batch_size: int, start_step: int = 0) -> Iterator[Batch]:
     """The batches of steps start_step, start_step + 1, ... without end."""
     dataset = make_dataset(data, rows, batch_size)
     step = start_step

@@ -7,7 +7,6 @@ project depends on. They are read in place, so nothing is downloaded and nothing
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -64,8 +63,6 @@ def _read_sql(domain: Domain, seed: int, max_bytes: int) -> Iterator[Document]:
 
 
 def _read_files(domain: Domain, seed: int, max_bytes: int) -> Iterator[Document]:
-    if domain.path is None:
-        raise UserError(f"data domain {domain.name!r} has source 'files' but no path; set its path to a file or a directory")
     root = Path(domain.path).expanduser()
     if not root.exists():
         suffixes = ", ".join(FILE_SUFFIXES)
@@ -90,7 +87,7 @@ def _find_files(root: Path) -> dict[str, Path]:
 
 def describe_files(domain: Domain) -> list[tuple[str, int, int]]:
     """(name, bytes, time of the last change) of the user's files in a domain: what tells that they are no longer what was read."""
-    if domain.source != "files" or domain.path is None:
+    if domain.builtin is not None:
         return []
     files = sorted(_find_files(Path(domain.path).expanduser()).items())
     return [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files if path.exists()]
@@ -150,22 +147,18 @@ SOURCES: dict[str, Callable[[Domain, int, int], Iterator[Document]]] = {
     "sql": _read_sql,
     "files": _read_files,
 }
-GENERATED_SOURCES = ("sql",)  # endless: read as much as asked for
+DEFAULT_MEGABYTES = 8.0  # of builtin text, which may have no end, where nothing else is said
 
 
 def read_documents(domain: Domain, max_bytes: int, seed: int) -> list[Document]:
     """The documents of a domain, at most `max_bytes` UTF-8 bytes of them, in an order fixed by their names and the seed.
 
     Empty documents are left out; the document that crosses the limit is cut at a line boundary.
-    Raises UserError for an unknown source, for text that cannot be read, and where there is no text at all.
+    Raises UserError for text that cannot be read, and where there is no text at all.
     """
-    if domain.source not in SOURCES:
-        near = difflib.get_close_matches(domain.source, SOURCES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"data domain {domain.name!r} has the unknown source {domain.source!r}; expected one of {', '.join(SOURCES)}{hint}")
     documents: list[Document] = []
     left = max_bytes
-    for document in SOURCES[domain.source](domain, seed, max_bytes):
+    for document in SOURCES[domain.builtin or "files"](domain, seed, max_bytes):
         data = document.text.encode()
         if len(data) > left:
             document = Document(document.name, cut_bytes(data, left).decode())
@@ -193,12 +186,12 @@ def cut_bytes(data: bytes, size: int) -> bytes:
 
 def _no_text(domain: Domain, max_bytes: int) -> str:
     found = f"no text found for data domain {domain.name!r}: looked for "
-    if domain.source == "files":
+    if domain.builtin is None:
         return (
             f"{found}{', '.join(FILE_SUFFIXES)} files with text in them in {domain.path!r}; "
             "point --data.path at a text file or at a directory with some"
         )
-    places = "the standard library" + (f" and the packages {', '.join(PROSE_PACKAGES)}" if domain.source == "prose" else "")
+    places = "the standard library" + (f" and the packages {', '.join(PROSE_PACKAGES)}" if domain.builtin == "prose" else "")
     return (
         f"{found}Python source of {places} under {python_text.standard_library_root()!r} (limit {max_bytes} bytes); "
         "where Python is installed without sources, set --data.path to your own text"

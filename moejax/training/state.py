@@ -9,7 +9,7 @@ import optax
 from jax import Array
 from jax import numpy as jnp
 
-from moejax.config import TrainConfig
+from moejax.config import DEFAULT_STEPS, TrainConfig
 from moejax.model.transformer import Transformer, init_parameters
 
 
@@ -24,11 +24,12 @@ class TrainState:
 
 def learning_rate_schedule(config: TrainConfig, peak: float) -> optax.Schedule:
     """Linear warm-up to `peak`, then flat or a cosine down to final_learning_rate_fraction of it at the last step."""
-    warmup = min(config.warmup_steps, config.steps)
+    steps = DEFAULT_STEPS if config.steps is None else config.steps
+    warmup = min(config.warmup_steps, steps)
     if config.schedule == "constant":
         after: optax.Schedule = optax.constant_schedule(peak)
     else:
-        after = optax.cosine_decay_schedule(peak, max(config.steps - 1 - warmup, 1), config.final_learning_rate_fraction)
+        after = optax.cosine_decay_schedule(peak, max(steps - 1 - warmup, 1), config.final_learning_rate_fraction)
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup])

@@ -16,9 +16,9 @@ from moejax.data.sources import Document
 @pytest.fixture
 def saved(tmp_path):
     (tmp_path / "text.txt").write_text("text")
-    data = DataConfig(domains=(Domain("a", "sql"), Domain("b/c", "files", 1.0, str(tmp_path / "text.txt"))))
-    streams = {"a": (np.arange(5, dtype=np.int32), np.array([2, 3])), "b/c": (np.array([70_000], np.int32), np.array([1]))}
-    held_out = {"a": [Document("x", "ä\n")], "b/c": []}
+    data = DataConfig(domains=(Domain("a", "builtin:sql"), Domain("b.c", str(tmp_path / "text.txt"))))
+    streams = {"a": (np.arange(5, dtype=np.int32), np.array([2, 3])), "b.c": (np.array([70_000], np.int32), np.array([1]))}
+    held_out = {"a": [Document("x", "ä\n")], "b.c": []}
     cache.save(tmp_path, data, b"tokenizer", streams, held_out, print)
     return data, streams, held_out
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moejax.config import DataConfig, Domain, UserError
+from moejax.config import DataConfig, Domain, Stage, UserError
 from moejax.data import pipeline
 from moejax.data.sources import Document
 
@@ -46,8 +46,8 @@ def test_packing_loses_no_token_and_crosses_no_document(seed):
 
 @pytest.fixture(scope="module")
 def mixture():
-    domains = tuple(Domain(name, "sql", weight) for name, weight in (("a", 6), ("b", 3), ("c", 1)))
-    data = DataConfig(domains=domains, sequence_length=LENGTH, seed=3)
+    domains = tuple(Domain(name, "builtin:sql") for name in "abc")
+    data = DataConfig(domains=domains, stages=(Stage(None, {"a": 6, "b": 3, "c": 1}),), sequence_length=LENGTH, seed=3)
     # The first id of a row tells its domain.
     rows = {name: pipeline.pack([np.full(400, 10 * n + 3).tolist()], LENGTH) for n, name in enumerate("abc")}
     return data, rows
@@ -64,19 +64,19 @@ def test_any_prefix_of_the_mixture_keeps_every_quota(mixture):
 
 def test_a_batch_depends_on_its_step_alone(mixture):
     data, rows = mixture
-    whole = list(itertools.islice(pipeline.batches(data, rows, 4), 40))
+    whole = list(itertools.islice(pipeline.batches_from(data, rows, 4), 40))
     assert isinstance(whole[0], pipeline.Batch) and whole[0].tokens.shape == (4, LENGTH)
     for start in (0, 1, 17, 39):
-        again = next(pipeline.batches(data, rows, 4, start))
+        again = next(pipeline.batches_from(data, rows, 4, start))
         assert all((left == right).all() for left, right in zip(again, whole[start], strict=True))
-    other = DataConfig(domains=data.domains, sequence_length=LENGTH, seed=4)
+    other = DataConfig(domains=data.domains, stages=data.stages, sequence_length=LENGTH, seed=4)
     varied = {name: pipeline.pack(random_documents(9), LENGTH) for name in "abc"}
-    one, two = (next(pipeline.batches(config, varied, 8)) for config in (data, other))
+    one, two = (next(pipeline.batches_from(config, varied, 8)) for config in (data, other))
     assert not (one.tokens == two.tokens).all()
 
 
 def test_every_epoch_reads_every_row_once_in_another_order():
-    data = DataConfig(domains=(Domain("a", "sql"),), sequence_length=LENGTH)
+    data = DataConfig(domains=(Domain("a", "builtin:sql"),), sequence_length=LENGTH)
     rows = {"a": pipeline.pack(random_documents(1), LENGTH)}
     dataset, count = pipeline.make_dataset(data, rows, 1), len(rows["a"])
     epochs = [[dataset[k].tokens[0].tobytes() for k in range(e * count, (e + 1) * count)] for e in range(2)]
@@ -130,7 +130,7 @@ def data(tmp_path):
     (tmp_path / "text").mkdir()
     for n in range(10):
         (tmp_path / "text" / f"{n}.txt").write_text(f"file {n} has some words, and tells a short story\n" * (n + 5))
-    domains = (Domain("sql", "sql", 0.5), Domain("mine", "files", 1.0, str(tmp_path / "text")))
+    domains = (Domain("sql", "builtin:sql", max_megabytes=0.025), Domain("mine", str(tmp_path / "text")))
     return DataConfig(domains=domains, sequence_length=LENGTH, max_megabytes=0.05, held_out_fraction=0.2)
 
 

@@ -1,6 +1,7 @@
 """The loop: it learns, it measures honestly, and a run that was stopped is the run that was not."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -16,8 +17,11 @@ from moejax.config import DataConfig, ModelConfig, RunConfig, TrainConfig, UserE
 from moejax.data.pipeline import Batch, pack
 from moejax.model.transformer import Transformer
 from moejax.ops.routing import RouterStatistics
-from moejax.training.loop import EvaluationSet, Trainer, evaluate, interruption, load_entropy
+from moejax.training.evaluation import EvaluationSet, evaluate
+from moejax.training.interruption import interruption
+from moejax.training.loop import Trainer
 from moejax.training.state import create_optimizer
+from moejax.training.step import load_entropy
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -50,7 +54,14 @@ def batch_at(step: int) -> Batch:
 
 def make_trainer(directory, batches=batch_at, evaluation=None, **train) -> Trainer:
     config = dataclasses.replace(CONFIG, run_dir=str(directory), train=dataclasses.replace(CONFIG.train, **train))
-    trainer = Trainer(config, Transformer(config.model), batches, evaluation or {}, lambda folder: None, log=lambda line: None)
+    trainer = Trainer(
+        config,
+        Transformer(config.model),
+        lambda start: map(batches, itertools.count(start)),
+        evaluation or {},
+        lambda folder: None,
+        log=lambda line: None,
+    )
     if config.train.optimizer == "adamw":
         trainer.optimizer = OPTIMIZER  # the same object: nothing is compiled twice
     return trainer
@@ -158,7 +169,7 @@ def test_an_interruption_saves_the_step_it_is_in(straight, tmp_path, number):
 
 def test_an_interruption_during_the_last_save_is_not_lost(tmp_path):
     trainer = make_trainer(tmp_path, steps=1)
-    trainer.write_extra = lambda folder: os.kill(os.getpid(), signal.SIGINT)
+    trainer.saver.write_extra = lambda folder: os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         trainer.run(trainer.restore_or_create())
     assert store.latest_step(tmp_path) == tmp_path / "checkpoints" / "00000001"
@@ -186,7 +197,9 @@ def test_unrolled_layers_are_saved_and_resumed_too(straight, tmp_path):
 
     def run(steps):
         config = dataclasses.replace(CONFIG, run_dir=str(tmp_path), model=model, train=dataclasses.replace(CONFIG.train, steps=steps))
-        trainer = Trainer(config, Transformer(model), batch_at, {}, lambda folder: None, log=lambda line: None)
+        trainer = Trainer(
+            config, Transformer(model), lambda start: map(batch_at, itertools.count(start)), {}, lambda folder: None, log=lambda line: None
+        )
         return trainer, trainer.run(trainer.restore_or_create())
 
     _, state = run(2)
