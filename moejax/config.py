@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from moejax.checks import UserError, divisors, nearest, require_choice, require_positive, require_types
 from moejax.data_config import DataConfig, Domain, Stage
 
-DispatchName = Literal["sorted", "dense"]
+DispatchName = Literal["auto", "sorted", "dense", "ragged", "gather", "capacity"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 RematName = Literal["none", "full", "dots"]
 OptimizerName = Literal["adamw", "adafactor", "lion", "muon"]
@@ -57,7 +57,11 @@ class ModelConfig:
     router_bias: bool = False  # a bias per expert, added to its probability when experts are chosen: balances load without a loss
     router_z_loss_coefficient: float = 0.0
 
-    dispatch: DispatchName = "sorted"  # how tokens reach their experts: sorted (dropless) or dense (the slow reference)
+    dispatch: DispatchName = "auto"  # how tokens reach their experts: moejax/model/moe.py. auto never drops one; capacity does
+    capacity_factor: float = 1.0  # capacity: an expert's slots over what it would get from an even router
+    min_capacity: int = 0  # capacity: slots an expert has at least, for the rows of one device
+    drop_tokens: bool = True  # capacity: False gives every expert a slot for every row
+    ragged_buffer_factor: float | None = None  # ragged: rows a device has room for over what an even router sends; None: for all there are
 
     dtype: DTypeName = "float32"  # of activations and matmuls; norms, router, softmax and losses are float32 always
     param_dtype: DTypeName = "float32"  # of the stored weights
@@ -72,8 +76,9 @@ class ModelConfig:
         require_positive(
             "model", self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size",
             "num_experts", "experts_per_token", "max_length", "rope_theta", "norm_epsilon", "moe_every", "attention_window",
+            "capacity_factor", "ragged_buffer_factor",
         )  # fmt: skip
-        require_choice("model", self, "dispatch", ("sorted", "dense"))
+        require_choice("model", self, "dispatch", get_args(DispatchName))
         require_choice("model", self, "top_1_weight", ("one", "probability"))
         require_choice("model", self, "router_aux_loss_kind", ("pooled", "per_layer"))
         require_choice("model", self, "dtype", ("float32", "bfloat16", "float16"))

@@ -4,17 +4,19 @@ Weights declare logical axes where they are made (moejax/model); this table alon
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moejax.config import MeshConfig, UserError
+from moejax.config import ModelConfig, UserError, divisors
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor", "stage")
 
 # Logical axis -> mesh axes. Axes that are not named here are not sharded.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
+    "time": ("context",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -48,9 +50,38 @@ def make_mesh(
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def require_one_device(config: MeshConfig) -> None:
-    """Raises UserError for a mesh that names more than one device: training shards nothing yet, and says so instead of ignoring it."""
-    asked = {axis: size for axis in MESH_AXES if (size := getattr(config, axis)) not in (1, -1)}
-    if asked:
-        named = ", ".join(f"mesh.{axis}={size}" for axis, size in asked.items())
-        raise UserError(f"{named}: training on more than one device is not implemented yet; leave the mesh at one device")
+def axis_size(mesh: Mesh | None, *axes: str) -> int:
+    """Devices along these axes together; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How an array with these logical axes lies on the mesh. A dimension that its mesh axes do not divide is not divided."""
+    parts = []
+    for name, size in zip(axes, shape, strict=True):
+        over = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
+        parts.append((over if len(over) > 1 else over[0]) if over and size % axis_size(mesh, *over) == 0 else None)
+    return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+    """x, laid out on the mesh by its logical axes; as it is without a mesh."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh)))
+
+
+def check_mesh(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises UserError, naming axis and sizes, for a mesh that cannot hold the model."""
+    for axis, name in (("expert", "num_experts"), ("tensor", "num_kv_heads"), ("tensor", "num_heads")):
+        size, count = mesh.shape[axis], getattr(model, name)
+        if count % size:
+            fitting = ", ".join(map(str, divisors(count)))
+            raise UserError(f"mesh.{axis}={size} does not divide model.{name}={count}; use one of {fitting} for mesh.{axis}")
+    if mesh.shape["stage"] > 1:
+        raise UserError(f"mesh.stage={mesh.shape['stage']}: pipeline stages are reserved for later; use 1")
+    if model.dispatch in ("sorted", "dense") and mesh.shape["expert"] > 1:
+        raise UserError(
+            f"model.dispatch={model.dispatch!r} keeps rows on their device, but mesh.expert={mesh.shape['expert']} has the experts on "
+            "several; use auto, ragged, gather or capacity"
+        )

@@ -2,18 +2,21 @@
 
 import flax.linen as nn
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from moejax.config import ModelConfig
 from moejax.model.cache import KVCache, write_cache
 from moejax.model.layers import Projection
 from moejax.ops.attention import Rotation, attend, rotate
+from moejax.sharding import constrain
 
 
 class Attention(nn.Module):
     """Grouped-query attention without biases. Returns its output and the cache it was given, with this layer's tokens in it."""
 
     config: ModelConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -36,5 +39,9 @@ class Attention(nn.Module):
         value = split_heads("value", "kv_heads", config.num_kv_heads)
         if cache is not None:
             cache, key, value = write_cache(cache, layer, key, value)
+        query = constrain(query, self.mesh, "batch", "time", "heads", None)
+        # Keys of the whole row, wherever its parts lie: they are gathered over the axis that divides the time.
+        key, value = (constrain(part, self.mesh, "batch", None, "kv_heads", None) for part in (key, value))
+        visible = constrain(visible, self.mesh, "batch", "time", None)
         mixed = attend(query, key, value, visible).reshape(*x.shape[:2], config.num_heads * width)
         return Projection(config, (size, config.num_heads * width), ("embed", "heads"), name="out")(mixed), cache

@@ -10,16 +10,18 @@ import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from moejax.config import ModelConfig
 from moejax.model.attention import Attention
 from moejax.model.cache import KVCache
 from moejax.model.layers import MLP, Embed, Head, RMSNorm
-from moejax.model.moe import MoE, RouterOutputs
+from moejax.model.moe import MoE, RouterOutputs, TokenInputs
 from moejax.ops.attention import Rotation, rotary_angles, visible_keys
 from moejax.ops.matmul import project
 from moejax.ops.routing import RouterStatistics, load_balance_loss
+from moejax.sharding import axis_size, constrain
 
 
 @flax.struct.dataclass
@@ -28,7 +30,7 @@ class LayerInputs:
 
     rotation: Rotation
     visible: Bool[Array, "B T S"]
-    counts: Bool[Array, "B T"] | None
+    tokens: TokenInputs
 
 
 @flax.struct.dataclass
@@ -51,11 +53,20 @@ class Block(nn.Module):
 
     config: ModelConfig
     is_moe: bool
+    mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], cache: KVCache | None, layer: Int[Array, ""] | int, inputs: LayerInputs):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: KVCache | None,
+        layer: Int[Array, ""] | int,
+        inputs: LayerInputs,
+        noise: Float[Array, "B T E"] | None = None,
+    ):
         config = self.config
-        attended, cache = Attention(config, name="attention")(
+        x = constrain(x, self.mesh, "batch", "time", None)
+        attended, cache = Attention(config, self.mesh, name="attention")(
             RMSNorm(config, name="attention_norm")(x), inputs.rotation, inputs.visible, cache, layer
         )
         after = x + attended
@@ -64,7 +75,8 @@ class Block(nn.Module):
             return out, cache, None
         # With the dense residual, the experts read the layer's input: neither branch waits for the other.
         moe_input = x if config.residual_mlp else after
-        moe_out, router = MoE(config, name="moe")(RMSNorm(config, name="moe_norm")(moe_input), inputs.counts)
+        tokens = dataclasses.replace(inputs.tokens, noise=noise)
+        moe_out, router = MoE(config, self.mesh, name="moe")(RMSNorm(config, name="moe_norm")(moe_input), tokens)
         if config.residual_mlp:
             after = after + MLP(config, config.hidden_size, name="residual")(RMSNorm(config, name="residual_norm")(after))
         return after + moe_out, cache, router
@@ -75,14 +87,18 @@ class Period(nn.Module):
 
     config: ModelConfig
     keep_hidden: bool
+    mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, KVCache | None], first_layer: Int[Array, ""], inputs: LayerInputs):
+    def __call__(
+        self, carry: tuple[Array, KVCache | None], first_layer: Int[Array, ""], noise: Float[Array, "B T E"] | None, inputs: LayerInputs
+    ):
         x, cache = carry
         hidden, router = [], None
         for j in range(self.config.moe_every):
-            block = Block(self.config, self.config.is_moe_layer(j), name=f"block_{j}")
-            x, cache, router = block(x, cache, first_layer + j, inputs)
+            is_moe = self.config.is_moe_layer(j)
+            block = Block(self.config, is_moe, self.mesh, name=f"block_{j}")
+            x, cache, router = block(x, cache, first_layer + j, inputs, noise if is_moe else None)
             hidden.append(x)
         return (x, cache), (jnp.stack(hidden) if self.keep_hidden else None, router)
 
@@ -103,10 +119,14 @@ class Transformer(nn.Module):
     mask: [B, T], 1 where a token is real (padding on the right). positions: rotary positions, default 0..T-1 (continuing
     from the cache). segments: [B, T] ids of packed documents, 0 is padding; tokens see only their own segment.
     cache: a KVCache, whose continuation comes back as `.cache`. return_hidden, return_routing: fill those fields.
-    return_logits: False leaves logits out, for losses that apply the head in chunks.
+    return_logits: False leaves logits out, for losses that apply the head in chunks. router_noise: [MoE layers, B, T, E], for dispatch
+    capacity: Gumbel noise for all choices but the first, or, with one expert a token, which tokens come first where slots are short.
+
+    With a mesh, variables and tokens may lie anywhere on it; batches and lengths that it does not divide are filled up inside.
     """
 
     config: ModelConfig
+    mesh: Mesh | None = None
 
     if TYPE_CHECKING:  # Linen declares apply for modules that also return mutated collections
 
@@ -123,14 +143,16 @@ class Transformer(nn.Module):
         return_hidden: bool = False,
         return_routing: bool = False,
         return_logits: bool = True,
+        router_noise: Any = None,
     ) -> Outputs:
-        config = self.config
+        config, shape = self.config, tokens.shape
         tokens = jnp.asarray(tokens)
         real = _real_tokens(mask, segments)
-        inputs = self._layer_inputs(tokens, real, positions, segments, cache)
+        tokens, real, positions, segments, router_noise, fill = self._fill_up(tokens, real, positions, segments, router_noise, cache)
+        inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill)
         x, embedding = Embed(config, name="embed")(tokens)
         embedded = x
-        x, cache, hidden, router = self._run_layers(x, cache, inputs, return_hidden)
+        x, cache, hidden, router = self._run_layers(x, cache, inputs, router_noise, return_hidden)
         features = RMSNorm(config, name="final_norm")(x)
         head = embedding if config.tie_embeddings else Head(config, name="head")()
         logits = project(features, head.astype(features.dtype)).astype(jnp.float32) if return_logits else None
@@ -139,19 +161,56 @@ class Transformer(nn.Module):
             cache = dataclasses.replace(cache, lengths=cache.lengths + added.astype(jnp.int32))
         statistics = None if router is None else router.statistics
         zero = jnp.float32(0.0)
-        return Outputs(
+        outputs = Outputs(
             logits=logits,
             features=features,
             hidden=jnp.stack([embedded, *hidden, features]) if return_hidden else None,
             routing=router if return_routing else None,
             router_statistics=statistics,
-            aux_loss=zero if statistics is None else load_balance_loss(statistics, config.router_aux_loss_kind),
+            aux_loss=zero if router is None else self._aux_loss(router),
             z_loss=zero if statistics is None else jnp.mean(statistics.z_loss),
-            dropped=jnp.int32(0),  # every dispatch there is keeps every token
+            dropped=jnp.int32(0) if router is None else jnp.sum(router.dropped),
             cache=cache,
         )
+        return outputs if fill is None else self._cut(outputs, shape)
 
-    def _layer_inputs(self, tokens: Array, real: Array | None, positions: Any, segments: Any, cache: KVCache | None) -> LayerInputs:
+    def _fill_up(self, tokens: Array, real: Any, positions: Any, segments: Any, noise: Any, cache: KVCache | None):
+        """The inputs with rows and positions added until the mesh divides them, and a mask of those. A cache keeps its rows as they are."""
+        rows = -tokens.shape[0] % axis_size(self.mesh, "data", "fsdp", "expert")
+        times = -tokens.shape[1] % axis_size(self.mesh, "context")
+        if cache is not None or not (rows or times):
+            return tokens, real, positions, segments, noise, None
+        padding = ((0, rows), (0, times))
+        fill = jnp.pad(jnp.zeros(tokens.shape, bool), padding, constant_values=True)
+        real, positions, segments = (None if part is None else jnp.pad(jnp.asarray(part), padding) for part in (real, positions, segments))
+        noise = None if noise is None else jnp.pad(jnp.asarray(noise), ((0, 0), *padding, (0, 0)))
+        return jnp.pad(tokens, padding), real, positions, segments, noise, fill
+
+    def _cut(self, outputs: Outputs, shape: tuple[int, ...]) -> Outputs:
+        """The outputs without what `_fill_up` added."""
+        batch, time = shape
+
+        def cut(array: Array | None, behind: int) -> Array | None:
+            return None if array is None else array[(..., slice(batch), slice(time), *(slice(None),) * behind)]
+
+        routing = outputs.routing
+        if routing is not None:
+            routing = dataclasses.replace(
+                routing, logits=cut(routing.logits, 1), weights=cut(routing.weights, 1), experts=cut(routing.experts, 1)
+            )
+        return dataclasses.replace(
+            outputs, logits=cut(outputs.logits, 1), features=cut(outputs.features, 1), hidden=cut(outputs.hidden, 1), routing=routing
+        )
+
+    def _aux_loss(self, router: RouterOutputs) -> Float[Array, ""]:
+        """The family's load-balance loss; DeepSpeed's, which Arctic trained with, where its slots are used."""
+        if self.config.dispatch == "capacity" and self.config.router_aux_loss_kind == "per_layer":
+            return jnp.sum(router.first_choice_loss)
+        return load_balance_loss(router.statistics, self.config.router_aux_loss_kind)
+
+    def _layer_inputs(
+        self, tokens: Array, real: Array | None, positions: Any, segments: Any, cache: KVCache | None, fill: Array | None
+    ) -> LayerInputs:
         config, (batch, time) = self.config, tokens.shape
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
         query_index = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None, :]
@@ -171,9 +230,11 @@ class Transformer(nn.Module):
         positions = query_index if positions is None else jnp.asarray(positions)
         # Arctic's load-balance loss counts padding too; Mixtral's goes by the mask.
         counts = real if config.router_aux_loss_kind == "pooled" or segments is not None else None
-        return LayerInputs(rotary_angles(positions, config.head_width, config.rope_theta), visible, counts)
+        if fill is not None:
+            counts = ~fill if counts is None else counts & ~fill
+        return LayerInputs(rotary_angles(positions, config.head_width, config.rope_theta), visible, TokenInputs(counts, fill))
 
-    def _run_layers(self, x: Array, cache: KVCache | None, inputs: LayerInputs, keep_hidden: bool):
+    def _run_layers(self, x: Array, cache: KVCache | None, inputs: LayerInputs, noise: Array | None, keep_hidden: bool):
         """All layers; returns (x, cache, each layer's output if asked for, router outputs stacked over MoE layers)."""
         config = self.config
         hidden: list[Array] = []
@@ -186,18 +247,23 @@ class Transformer(nn.Module):
                     _rematerialised(Period, config),
                     variable_axes={"params": 0},
                     split_rngs={"params": True},
-                    in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # a tuple is what scan takes
+                    in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # a tuple is what scan takes
                     length=periods,
                     metadata_params={nn.PARTITION_NAME: "layers"},
                 )
                 first_layers = jnp.arange(periods, dtype=jnp.int32) * config.moe_every
-                (x, cache), (outputs, router) = scan(config, keep_hidden, name="layers")((x, cache), first_layers, inputs)
+                in_scan = None if noise is None else noise[:periods]
+                body = scan(config, keep_hidden, self.mesh, name="layers")
+                (x, cache), (outputs, router) = body((x, cache), first_layers, in_scan, inputs)
                 hidden += list(outputs.reshape(-1, *x.shape)) if keep_hidden else []
                 routers += [router] if router is not None else []
             unrolled = range(periods * config.moe_every, config.num_layers)
         for layer in unrolled:
-            block = _rematerialised(Block, config)(config, config.is_moe_layer(layer), name=f"layer_{layer}")
-            x, cache, router = block(x, cache, layer, inputs)
+            is_moe = config.is_moe_layer(layer)
+            block = _rematerialised(Block, config)(config, is_moe, self.mesh, name=f"layer_{layer}")
+            x, cache, router = block(
+                x, cache, layer, inputs, noise[config.moe_layers.index(layer)] if noise is not None and is_moe else None
+            )
             hidden.append(x)
             routers += [jax.tree.map(lambda leaf: leaf[None], router)] if router is not None else []
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routers) if routers else None

@@ -53,8 +53,9 @@ def assign_slots(chosen: Routing, num_experts: int, capacity: int, priority: Flo
     """Slots of `choose_experts`' choices, and the weights that are left.
 
     First choices take slots in the order of the rows, then second ones. With one expert a token, `priority` (DeepSpeed draws it
-    uniformly: random token selection) decides who gets a slot where an expert is asked for by too many; the largest win. The weight of
-    a single expert is its probability; of several, probabilities over the sum of those that were not dropped.
+    uniformly: random token selection) decides who gets a slot where an expert is asked for by too many; the largest win. Expert E, one
+    past the last, is none: it takes no slot and is not dropped. The weight of a single expert is its probability; of several,
+    probabilities over the sum of those that were not dropped.
     """
     experts = chosen.experts
     num_rows, per_token = experts.shape
@@ -65,7 +66,7 @@ def assign_slots(chosen: Routing, num_experts: int, capacity: int, priority: Flo
         loser = (_position_in_group(by_rank, jnp.lexsort((-draws, by_rank)), num_experts) >= capacity).astype(jnp.int32)
     order = jnp.argsort(by_rank * 2 + loser, stable=True)
     position = _position_in_group(by_rank, order, num_experts)
-    kept = (position < capacity).reshape(per_token, num_rows).T
+    kept = ((position < capacity) & (by_rank < num_experts)).reshape(per_token, num_rows).T
     slot = jnp.where(kept, (by_rank * capacity + position).reshape(per_token, num_rows).T, num_experts * capacity)
     weights = jnp.where(kept, chosen.weights, 0.0)
     if per_token > 1:
@@ -75,13 +76,13 @@ def assign_slots(chosen: Routing, num_experts: int, capacity: int, priority: Flo
     inside = jnp.arange(capacity)[None, :]
     asked = jnp.take(order, jnp.minimum(starts[:, None] + inside, by_rank.shape[0] - 1))  # in rank-major order
     choice = jnp.where(inside < sizes[:, None], asked % num_rows * per_token + asked // num_rows, num_rows * per_token)
-    dropped = jnp.sum(~kept).astype(jnp.int32)
+    dropped = jnp.sum(~kept & (experts < num_experts)).astype(jnp.int32)
     return Slots(Routing(weights, experts), slot.astype(jnp.int32), choice.reshape(-1).astype(jnp.int32), dropped)
 
 
 def _position_in_group(groups: Int[Array, "N"], order: Int[Array, "N"], num_groups: int) -> Int[Array, "N"]:
     """How many of its group come before each entry in `order`, which sorts by group."""
-    sizes = jnp.sum(groups[:, None] == jnp.arange(num_groups)[None, :], axis=0)
+    sizes = jnp.sum(groups[:, None] == jnp.arange(num_groups + 1)[None, :], axis=0)
     starts = jnp.cumsum(sizes) - sizes
     return jnp.argsort(order) - starts[groups]
 
