@@ -1,42 +1,51 @@
 """The public functions that stand on everything else: load, save, generate, load_tokenizer."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax import numpy as jnp
+from jax.sharding import Mesh
 
-from moejax.config import UserError
+from moejax.config import ModelConfig, UserError
+from moejax.families.layout import flatten_leaves
+from moejax.model.partition import parameter_shardings
 from moejax.model.transformer import Transformer, stack_layers, unstack_layers
 from moejax.serving.engine import Engine, GenerationSettings
+from moejax.sharding import check_mesh
 
 
 def load(
-    path: str | Path, mesh: Any = None, dtype: Any = None, quantize: str | None = None, *, verify: bool = True, revision: str | None = None
+    path: str | Path,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    quantize: str | None = None,
+    *,
+    verify: bool = True,
+    revision: str | None = None,
 ) -> tuple[Transformer, dict[str, Any], Any]:
     """Reads a checkpoint: (model, variables, tokenizer).
 
     path: a run directory of ours (its newest checkpoint), one checkpoint of ours, a Hugging Face directory of a Mixtral or
     an Arctic model (safetensors, one file or sharded), a Mixtral in Mistral's own layout (params.json and
     consolidated.*; .pth and .pt files need the `torch` extra), or an id of the Hugging Face Hub ("organisation/model"; `revision` is a
-    branch, a tag or a commit), whose files are fetched once. dtype: of weights and compute, "float32", "bfloat16" or "float16";
-    None keeps the checkpoint's. With float32, matmuls run at full precision on every platform. The tokenizer is None where
-    the directory has none. `model.config` is the ModelConfig; `model.apply(variables, tokens)` runs the model. verify: every file
-    of a checkpoint of ours is first compared with the checksum it was written with, which reads it once more.
+    branch, a tag or a commit), whose files are fetched once. mesh: from `make_mesh`; every weight goes straight to where it lies on it.
+    dtype: of weights and compute, "float32", "bfloat16" or "float16"; None keeps the checkpoint's. With float32, matmuls run at full
+    precision on every platform. The tokenizer is None where the directory has none. `model.config` is the ModelConfig;
+    `model.apply(variables, tokens)` runs the model. verify: every file of a checkpoint of ours is first compared with the checksum it was
+    written with, which reads it once more.
 
     Raises UserError, before a weight is read, for a path that holds no such checkpoint and for formats that are not read
     (by name), and for tensors that are missing, unexpected or of the wrong shape, and names a file that is damaged.
-    `mesh` and `quantize` are not there yet and raise NotImplementedError.
+    `quantize` is not there yet and raises NotImplementedError.
     """
     from moejax.checkpoint import detect, hub, store
     from moejax.checkpoint.source import open_source, read_tree
     from moejax.data.text import find_tokenizer
 
-    if mesh is not None:
-        raise NotImplementedError("load(mesh=...) is not implemented yet: the weights go to one device; leave mesh out")
     if quantize is not None:
         raise NotImplementedError(f"load(quantize={quantize!r}) is not implemented yet; leave quantize out")
     name = None if dtype is None else _dtype_name(dtype)
@@ -45,16 +54,35 @@ def load(
     if kind != "moejax":
         with open_source(directory, name) as source:
             source.dtype = source.config.param_dtype  # one dtype for all, where the files have several
-            config, params = source.config, read_tree(source)
+            config = source.config
+            params = read_tree(source, _placer(config, mesh))
     else:
         if verify:
             store.verify(directory)
         config = store.read_metadata(directory).config
         config = config if name is None else replace(config, dtype=name, param_dtype=name)
-        params = store.restore_params(directory, config, config.param_dtype, verify=False)  # it is, by now
-    params = jax.tree.map(jnp.asarray, params if config.scan_layers else unstack_layers(params, config))
+        params = store.restore_params(directory, config, config.param_dtype, _shardings(config, mesh), verify=False)  # it is, by now
+        params = params if mesh is not None else jax.tree.map(jnp.asarray, params)
+    params = params if config.scan_layers else unstack_layers(params, config)
     tokenizer = find_tokenizer(directory) or find_tokenizer(Path(path))
-    return Transformer(config), {"params": params}, tokenizer
+    return Transformer(config, mesh), {"params": params}, tokenizer
+
+
+def _shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, Any] | None:
+    """Where each parameter of the stacked tree goes. Raises UserError for a mesh that cannot hold the model."""
+    if mesh is None:
+        return None
+    check_mesh(config, mesh)
+    return parameter_shardings(replace(config, scan_layers=True), mesh)
+
+
+def _placer(config: ModelConfig, mesh: Mesh | None) -> Callable[[tuple[str, ...], Any], Any]:
+    """(path, array) -> the array on the devices."""
+    shardings = _shardings(config, mesh)
+    if shardings is None:
+        return lambda path, array: jnp.asarray(array)
+    places = flatten_leaves(shardings)
+    return lambda path, array: jax.device_put(array, places[path])
 
 
 def _dtype_name(dtype: Any) -> str:

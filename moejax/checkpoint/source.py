@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -132,17 +133,23 @@ def _merge_adapter(source: Source, directory: Path, scaling: float | None) -> No
     source.files += adapter.files
 
 
-def read_tree(source: Source) -> dict[str, Any]:
-    """The whole parameter tree as nested dicts of numpy arrays, in the dtypes of the source. Memory is that of the tree."""
-    leaves = {
-        path: np.empty(abstract.shape, source.dtype_of(path))
-        for path, abstract in flatten_leaves(abstract_parameters(source.config)).items()
-    }
+def read_leaves(source: Source) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """(path, array) of one parameter after another, in the dtypes of the source; memory is that of one, if the caller lets go of it."""
+    pieces = defaultdict(list)
     for piece in source.pieces:
-        source.read_into(piece, leaves[piece.path][(*piece.index, ...)])
+        pieces[piece.path].append(piece)
+    for path, abstract in flatten_leaves(abstract_parameters(source.config)).items():
+        array = np.empty(abstract.shape, source.dtype_of(path))
+        for piece in pieces[path]:
+            source.read_into(piece, array[(*piece.index, ...)])
+        yield path, array
+
+
+def read_tree(source: Source, place: Callable[[tuple[str, ...], np.ndarray], Any] = lambda path, array: array) -> dict[str, Any]:
+    """The whole parameter tree as nested dicts of numpy arrays, or of what `place` makes of each as soon as it is read."""
     tree: dict[str, Any] = {}
-    for path, array in leaves.items():
-        insert_leaf(tree, path, array)
+    for path, array in read_leaves(source):
+        insert_leaf(tree, path, place(path, array))
     return tree
 
 

@@ -5,9 +5,11 @@ import dataclasses
 import flax.struct
 from jax import Array
 from jax import numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from moejax.config import ModelConfig
+from moejax.sharding import constrain, partition_spec
 
 
 @flax.struct.dataclass
@@ -27,11 +29,22 @@ class KVCache:
         return self.keys.shape[2]
 
 
-def create_cache(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
-    """An empty cache for `batch_size` rows of at most `capacity` tokens, in the model's compute type."""
+AXES = (None, "batch", None, "kv_heads", None)
+
+
+def create_cache(config: ModelConfig, batch_size: int, capacity: int, mesh: Mesh | None = None) -> KVCache:
+    """An empty cache for `batch_size` rows of at most `capacity` tokens, in the model's compute type; on a mesh, rows and heads divided."""
     shape = (config.num_layers, batch_size, capacity, config.num_kv_heads, config.head_width)
+    place = None if mesh is None else NamedSharding(mesh, partition_spec(AXES, shape, mesh))
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     # Two arrays, not one twice: the cache is donated to every step.
-    return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros(batch_size, jnp.int32))
+    keys, values = (jnp.zeros(shape, config.dtype, device=place) for _ in range(2))
+    return KVCache(keys, values, jnp.zeros(batch_size, jnp.int32, device=whole))
+
+
+def place_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """The cache as `create_cache` laid it out, inside a compiled function: the next step gets it so, and can have its memory."""
+    return KVCache(constrain(cache.keys, mesh, *AXES), constrain(cache.values, mesh, *AXES), constrain(cache.lengths, mesh, None))
 
 
 def write_cache(

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from moejax.config import ModelConfig
 from moejax.model.attention import Attention
-from moejax.model.cache import KVCache
+from moejax.model.cache import KVCache, place_cache
 from moejax.model.layers import MLP, Embed, Head, RMSNorm
 from moejax.model.moe import MoE, RouterOutputs, TokenInputs
 from moejax.ops.attention import Rotation, rotary_angles, visible_keys
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         logits = project(features, head.astype(features.dtype)).astype(jnp.float32) if return_logits else None
         if cache is not None:
             added = jnp.full(tokens.shape[:1], tokens.shape[1]) if real is None else jnp.sum(real, axis=1)
-            cache = dataclasses.replace(cache, lengths=cache.lengths + added.astype(jnp.int32))
+            cache = place_cache(dataclasses.replace(cache, lengths=cache.lengths + added.astype(jnp.int32)), self.mesh)
         statistics = None if router is None else router.statistics
         zero = jnp.float32(0.0)
         outputs = Outputs(

@@ -20,6 +20,7 @@ from moejax.model.cache import KVCache, create_cache
 from moejax.model.transformer import Transformer, head_weight
 from moejax.ops.matmul import project
 from moejax.ops.sampling import Sampling, sample_tokens
+from moejax.sharding import constrain
 
 BUCKET = 64  # prompt lengths and cache capacities are rounded up to a multiple of this, unless an engine is given another
 
@@ -55,14 +56,14 @@ def prefill(model: Transformer, variables: Any, tokens: Array, mask: Array, cach
     last = jnp.sum(mask != 0, axis=1) - 1
     features = outputs.features[jnp.arange(tokens.shape[0]), last]
     head = head_weight(variables["params"]).astype(features.dtype)
-    return project(features, head).astype(jnp.float32), outputs.cache
+    return constrain(project(features, head).astype(jnp.float32), model.mesh, None, None), outputs.cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def decode_step(model: Transformer, variables: Any, tokens: Array, cache: KVCache) -> tuple[Array, Any]:
     """One more token a row: tokens [B] -> logits float32 [B, V] and the cache, updated in place."""
     outputs = model.apply(variables, tokens[:, None], cache=cache)
-    return jnp.asarray(outputs.logits)[:, 0], outputs.cache
+    return constrain(jnp.asarray(outputs.logits)[:, 0], model.mesh, None, None), outputs.cache
 
 
 @jax.jit
@@ -94,7 +95,7 @@ class Engine:
         mask = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
-        cache = create_cache(config, len(prompts), round_up(longest + settings.max_new_tokens, self.bucket))
+        cache = create_cache(config, len(prompts), round_up(longest + settings.max_new_tokens, self.bucket), self.model.mesh)
         logits, cache = prefill(self.model, self.variables, tokens, mask, cache)
         sampling = self._sampling(len(prompts), settings)
         keys = jax.vmap(jax.random.key)(settings.seed + np.arange(len(prompts)))
