@@ -4,6 +4,7 @@
     python train.py configs/x.py --train.steps 20 ...        another config, any field overridden
     python train.py configs/finetune.py --init-from DIR --data.path my.jsonl      goes on from a checkpoint's weights, docs/finetuning.md
     python train.py configs/arctic_480b.py --summary         what the model is made of; nothing is allocated
+    python train.py configs/arctic_480b.py --data-plan       what is read when: stages, domains, tokens, epochs; nothing is prepared
 
 The run lives in runs/<name> (or --run-dir): config.json, tokenizer.model, metrics.jsonl, checkpoints/. The same command goes on
 where the run stopped.
@@ -21,17 +22,25 @@ if TYPE_CHECKING:
     from moejax.training.evaluation import EvaluationSet
 
 HERE = Path(__file__).resolve().parent
-FLAGS = {"--summary": "print the parameters by kind of module, and stop"}
+FLAGS = {
+    "--summary": "print the parameters by kind of module, and stop",
+    "--data-plan": "print stages, domains, tokens and epochs, and stop",
+}
 
 
 def main(argv: list[str]) -> None:
-    """Reads the configuration; trains, or prints the summary."""
+    """Reads the configuration; trains, or prints what a flag asks for."""
     config, _, flags = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS, complete)
     config = replace(config, train=replace(config.train, steps=config.steps))
     if "--summary" in flags:
         from moejax.families.counts import summarise
 
         print(summarise(config.model))
+    if "--data-plan" in flags:
+        from moejax.data.plan import describe_plan
+
+        print(describe_plan(config, lambda domain: None))  # SIMPLEST VERSION: nothing counts as prepared; to be asked of the cache
+    if flags:
         return
     try:
         train(config)
@@ -51,7 +60,7 @@ def complete(config: RunConfig) -> RunConfig:
 
 def train(config: RunConfig) -> None:
     """The main job: data, model, loop, evaluation, a sample."""
-    from moejax.data import pipeline
+    from moejax.data import batches, curriculum, pipeline
     from moejax.families import get_family
     from moejax.sharding import require_one_device
     from moejax.training import initial
@@ -66,11 +75,15 @@ def train(config: RunConfig) -> None:
     elif config.init_from:
         log(f"{directory} goes on from its own checkpoint; {config.init_from} is not read again (another --run-dir starts anew)")
     data = pipeline.prepare(config.data, config.model.vocab_size, directory, log, start and start.tokenizer)
+    sizes = {name: len(rows) for name, rows in data.rows.items()}
+    for line in curriculum.describe_repeats(config.data, sizes, config.train.batch_size, config.steps):
+        log(line)
     # Only now what compiles and what touches the device: mistakes so far were answered at once.
     from moejax.model.transformer import Transformer
+    from moejax.training.curriculum_figure import draw_curriculum
     from moejax.training.loop import Trainer
 
-    batches_from = functools.partial(pipeline.batches_from, config.data, data.rows, config.train.batch_size)
+    batches_from = functools.partial(batches.batches_from, config.data, data.rows, config.train.batch_size)
     evaluation = {name: evaluation_set(config, data.tokenizer, documents) for name, documents in data.held_out.items()}
     write_extra = initial.companion_writer(directory, data.tokenizer)
     load_weights = None if start is None else lambda: load_initial_weights(config)
@@ -82,6 +95,7 @@ def train(config: RunConfig) -> None:
         )
     state = trainer.run(state)
     report(config, trainer.evaluate(state), data.held_out)
+    draw_curriculum(directory, config, directory / "curriculum.png", log)
     print_sample(config, trainer.model, state.params, data.tokenizer)
 
 

@@ -1,8 +1,7 @@
-"""Documents -> tokens -> packed rows -> batches; and the rows and baselines of the evaluation.
+"""Documents -> tokens -> packed rows; and the rows and baselines of the evaluation.
 
 Every domain is tokenised once into one stream, `BOS text EOS BOS text EOS ...`, which is cut into full rows; a row is a
-random-access item. Batches draw rows from the domains by their weights, so a batch is a pure function of (data, step) and the
-whole state of the data is one integer, the step.
+random-access item.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moejax.config import DataConfig, Domain, UserError
 from moejax.data import cache
 from moejax.data import text as tokenizers
-from moejax.data.sources import DEFAULT_MEGABYTES, Document, cut_bytes, read_documents, split_documents, stable_key
+from moejax.data.sources import DEFAULT_MEGABYTES, Document, cut_bytes, read_documents, split_documents
 
 _TOKENIZER_SAMPLE = 4_000_000  # characters the tokenizer is trained on, all domains together
 _TOKENIZER_SAMPLE_PER_DOCUMENT = 20_000
@@ -194,30 +193,6 @@ def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[Docume
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = list(tokenizer.eos_token_ids[:1])
     return [[*begin, *ids, *end] for ids in tokenizer.encode_batch([document.text for document in documents])]
-
-
-def make_dataset(data: DataConfig, rows: Mapping[str, Rows], batch_size: int) -> Any:
-    """The endless grain.MapDataset of batches: item k is the Batch [batch_size, T] of step k, whatever was read before.
-
-    Each domain's rows are shuffled anew every epoch; domains take turns so that any prefix holds each one's share within a row.
-    """
-    import grain
-
-    weights = data.curriculum[0].weights
-    members = [
-        grain.MapDataset.source(cast(Any, rows[domain.name])).shuffle(seed=stable_key(domain.name, data.seed) % 2**32).repeat()
-        for domain in data.sources
-    ]
-    return grain.MapDataset.mix(members, weights=[weights[domain.name] for domain in data.sources]).batch(batch_size)
-
-
-def batches_from(data: DataConfig, rows: Mapping[str, Rows], batch_size: int, start_step: int = 0) -> Iterator[Batch]:
-    """The batches of steps start_step, start_step + 1, ... without end."""
-    dataset = make_dataset(data, rows, batch_size)
-    step = start_step
-    while True:
-        yield dataset[step]
-        step += 1
 
 
 def take_bytes(documents: Sequence[Document], max_bytes: int | None) -> list[Document]:

@@ -1,4 +1,4 @@
-"""Packing, mixing, evaluation rows and the preparation of a run's data."""
+"""Packing, evaluation rows and the preparation of a run's data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moejax.config import DataConfig, Domain, Stage, UserError
+from moejax.config import DataConfig, Domain, UserError
 from moejax.data import pipeline
 from moejax.data.sources import Document
 
@@ -42,47 +42,6 @@ def test_packing_loses_no_token_and_crosses_no_document(seed):
     assert sum(map(len, documents)) == rows.num_tokens and len(rows) == -(-(rows.num_tokens - 1) // LENGTH)
     with pytest.raises(IndexError):
         rows[len(rows)]
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    domains = tuple(Domain(name, "builtin:sql") for name in "abc")
-    data = DataConfig(domains=domains, stages=(Stage(None, {"a": 6, "b": 3, "c": 1}),), sequence_length=LENGTH, seed=3)
-    # The first id of a row tells its domain.
-    rows = {name: pipeline.pack([np.full(400, 10 * n + 3).tolist()], LENGTH) for n, name in enumerate("abc")}
-    return data, rows
-
-
-def test_any_prefix_of_the_mixture_keeps_every_quota(mixture):
-    data, rows = mixture
-    dataset = pipeline.make_dataset(data, rows, 1)
-    drawn = np.array([dataset[k].tokens[0, 0] // 10 for k in range(300)])
-    for n, share in enumerate((0.6, 0.3, 0.1)):
-        counts = np.cumsum(drawn == n)
-        assert np.abs(counts - share * np.arange(1, 301)).max() <= 1
-
-
-def test_a_batch_depends_on_its_step_alone(mixture):
-    data, rows = mixture
-    whole = list(itertools.islice(pipeline.batches_from(data, rows, 4), 40))
-    assert isinstance(whole[0], pipeline.Batch) and whole[0].tokens.shape == (4, LENGTH)
-    for start in (0, 1, 17, 39):
-        again = next(pipeline.batches_from(data, rows, 4, start))
-        assert all((left == right).all() for left, right in zip(again, whole[start], strict=True))
-    other = DataConfig(domains=data.domains, stages=data.stages, sequence_length=LENGTH, seed=4)
-    varied = {name: pipeline.pack(random_documents(9), LENGTH) for name in "abc"}
-    one, two = (next(pipeline.batches_from(config, varied, 8)) for config in (data, other))
-    assert not (one.tokens == two.tokens).all()
-
-
-def test_every_epoch_reads_every_row_once_in_another_order():
-    data = DataConfig(domains=(Domain("a", "builtin:sql"),), sequence_length=LENGTH)
-    rows = {"a": pipeline.pack(random_documents(1), LENGTH)}
-    dataset, count = pipeline.make_dataset(data, rows, 1), len(rows["a"])
-    epochs = [[dataset[k].tokens[0].tobytes() for k in range(e * count, (e + 1) * count)] for e in range(2)]
-    everything = sorted(rows["a"][k].tokens.tobytes() for k in range(count))
-    assert sorted(epochs[0]) == sorted(epochs[1]) == everything
-    assert epochs[0] != epochs[1]
 
 
 def test_a_batch_is_a_pytree():
