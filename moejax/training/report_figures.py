@@ -168,8 +168,6 @@ def draw_router_map(record: RunRecord) -> Any:
 
 def draw_gradients(record: RunRecord) -> Any:
     """Norm of the gradient before clipping; where steps were skipped is marked."""
-    from matplotlib.ticker import LogFormatter
-
     tokens, norms = select(record.rows, "grad_norm")
     skipped = find_skips(record)
     if not tokens and not skipped:
@@ -178,15 +176,15 @@ def draw_gradients(record: RunRecord) -> Any:
     _plot(panel, tokens, norms, color=BLUE, linewidth=1, label="gradient norm")
     if tokens and min(norms) > 0:
         panel.set_yscale("log")
-        for axis_part in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            axis_part(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        panel.yaxis.set_major_formatter(lambda value, _: describe_count(value))
+        panel.yaxis.set_minor_formatter(lambda value, _: describe_count(value) if f"{value:e}"[0] in "25" else "")
     clip = record.section("train").get("clip_norm")
     if isinstance(clip, int | float):
         panel.axhline(clip, color=GREY, linestyle="--", linewidth=1, label=f"clipped to {clip:g}")
     for index, (at, _) in enumerate(skipped):
         panel.axvline(at, color=RED, alpha=0.7, linewidth=1.2, label="steps skipped" if index == 0 else None)
     panel.set_ylabel("gradient norm")
-    panel.legend(loc="upper right")
+    panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
     return figure
 
 
