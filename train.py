@@ -6,11 +6,12 @@
     python train.py configs/arctic_480b.py --summary         what the model is made of; nothing is allocated
     python train.py configs/arctic_480b.py --data-plan       what is read when: stages, domains, tokens, epochs; nothing is prepared
 
-The run lives in runs/<name> (or --run-dir): config.json, tokenizer.model, metrics.jsonl, checkpoints/. The same command goes on
-where the run stopped.
+The run lives in runs/<name> (or --run-dir): config.json, tokenizer.model, metrics.jsonl, checkpoints/ and more (docs/training.md). The
+same command goes on where the run stopped; `moejax-report runs/<name>` makes a page of it.
 """
 
 import functools
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,14 +61,17 @@ def complete(config: RunConfig) -> RunConfig:
 
 def train(config: RunConfig) -> None:
     """The main job: data, model, loop, evaluation, a sample."""
+    began = time.perf_counter()
     from moejax.data import batches, curriculum, pipeline
     from moejax.families import get_family
     from moejax.sharding import require_one_device
     from moejax.training import initial
     from moejax.training.run_directory import claim_run_directory
+    from moejax.training.trackers import require_wandb
 
     get_family(config.model.family)
     require_one_device(config.mesh)
+    require_wandb(config)
     start = initial.find_start(config)
     directory = claim_run_directory(config)
     if start is not None:
@@ -87,7 +91,7 @@ def train(config: RunConfig) -> None:
     evaluation = {name: evaluation_set(config, data.tokenizer, documents) for name, documents in data.held_out.items()}
     write_extra = initial.companion_writer(directory, data.tokenizer)
     load_weights = None if start is None else lambda: load_initial_weights(config)
-    trainer = Trainer(config, Transformer(config.model), batches_from, evaluation, write_extra, log, load_weights)
+    trainer = Trainer(config, Transformer(config.model), batches_from, evaluation, write_extra, log, load_weights, began)
     state = trainer.restore_or_create()
     if int(state.step) >= config.steps:
         log(

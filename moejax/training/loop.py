@@ -27,6 +27,7 @@ class Trainer:
     write_extra: Callable[[Path], None]  # puts what sampling needs (the tokenizer) into a checkpoint
     log: Callable[[str], None] = print
     initial_params: Callable[[], Any] | None = None  # loads the weights that a new run begins with; None: they are drawn
+    began: float | None = None  # time.perf_counter() when the command began; None: when training does
 
     def __post_init__(self) -> None:
         self.optimizer = create_optimizer(self.config.train)
@@ -45,7 +46,7 @@ class Trainer:
         """Trains to config.steps, saving on the way and when interrupted (then KeyboardInterrupt is raised)."""
         train, steps = self.config.train, self.config.steps
         start = int(state.step)
-        with Recorder(self.config, start, self.log) as recorder, self.saver as saver, interruption() as interrupted:
+        with Recorder(self.config, start, self.log, began=self.began) as recorder, self.saver as saver, interruption() as interrupted:
             batches = self.batches_from(start)
             for done in range(start + 1, steps + 1):
                 with recorder.timing("data"):
@@ -54,7 +55,8 @@ class Trainer:
                 recorder.end_step(done, metrics)
                 if interrupted():
                     self.log(f"interrupted; saving step {done}: the same command goes on from there")
-                    saver.save(state)
+                    with recorder.timing("save"):
+                        saver.save(state)
                     raise KeyboardInterrupt
                 if done % train.save_every == 0 or done == steps:
                     with recorder.timing("save"):
@@ -62,16 +64,19 @@ class Trainer:
                 if train.eval_every and done % train.eval_every == 0 and done < steps:
                     with recorder.timing("evaluation"):
                         self.evaluate(state, recorder)
-            saver.wait()
+            with recorder.timing("save"):
+                saver.wait()
             if interrupted():  # during the last save or before the first step: nothing is left to save
                 raise KeyboardInterrupt
         return state
 
     def evaluate(self, state: TrainState, recorder: Recorder | None = None) -> dict[str, float]:
         """Bits per byte of each domain's held-out text; one row a domain goes to metrics.jsonl, once a step."""
-        results = {}
         step = int(state.step)
-        recorder = recorder or Recorder(self.config, step, self.log)
+        if recorder is None:
+            with Recorder(self.config, step, self.log) as recorder:
+                return self.evaluate(state, recorder)
+        results = {}
         for domain, held_out in self.evaluation.items():
             total, count = evaluate(self.model, state.params, held_out.batches)
             results[domain] = total / math.log(2) / held_out.utf8_bytes

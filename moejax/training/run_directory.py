@@ -1,4 +1,4 @@
-"""The directory of a run: config.json, tokenizer, metrics.jsonl, checkpoints/. One directory holds one run."""
+"""The directory of a run: config.json, tokenizer, metrics.jsonl, starts.jsonl, checkpoints/. One directory holds one run."""
 
 import contextlib
 import json

@@ -20,6 +20,7 @@ from moejax.ops.routing import RouterStatistics
 from moejax.training.evaluation import EvaluationSet, evaluate
 from moejax.training.interruption import interruption
 from moejax.training.loop import Trainer
+from moejax.training.starts import read_starts
 from moejax.training.state import create_optimizer
 from moejax.training.step import load_entropy
 
@@ -41,7 +42,13 @@ CONFIG = RunConfig(
 OPTIMIZER = create_optimizer(CONFIG.train)
 TRAINING_KEYS = {
     *("step", "tokens", "loss", "router_aux_loss", "router_z_loss", "grad_norm", "learning_rate"),
-    *("tokens_per_second", "expert_load_entropy", "dropped_tokens"),
+    *("tokens_per_second", "expert_load_entropy", "dropped_tokens", "seconds_per_step", "data_wait_fraction", "save_fraction"),
+    *("evaluation_fraction", "compile_fraction", "mfu", "goodput", "peak_memory_bytes"),
+}
+# What two runs of the same steps need not have in common.
+OF_THE_CLOCK = {
+    *("tokens_per_second", "seconds_per_step", "data_wait_fraction", "save_fraction", "evaluation_fraction", "compile_fraction", "mfu"),
+    *("goodput", "peak_memory_bytes"),
 }
 EVALUATION_KEYS = {"step", "tokens", "domain", "eval_loss", "eval_bits_per_byte", "eval_bytes"}
 
@@ -82,7 +89,7 @@ def assert_equal_trees(first, second):
 
 
 def strip_times(rows):
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in OF_THE_CLOCK} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +115,14 @@ def test_a_row_of_metrics_has_what_it_should(straight):
     assert rows[1]["learning_rate"] == pytest.approx(0.03)
     assert all(0 < row["expert_load_entropy"] <= 1 for row in rows)
     assert all(math.isfinite(value) and row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in rows for value in row.values())
+
+
+def test_a_run_tells_of_its_starts_and_to_tensorboard(straight):
+    (start,) = read_starts(straight[0] / "starts.jsonl")
+    assert (start["first_step"], start["last_step"], start["ended"], start["devices"]) == (1, 6, "done", 1)
+    assert start["save_seconds"] > 0
+    assert len(list((straight[0] / "tensorboard").iterdir())) == 1
+    assert not (straight[0] / "profile").exists()
 
 
 def test_rows_come_as_often_as_said(tmp_path):
