@@ -19,6 +19,7 @@ from moejax.config import RunConfig, UserError
 
 if TYPE_CHECKING:
     from moejax.training.evaluation import EvaluationSet
+    from moejax.training.initial import Start
 
 HERE = Path(__file__).resolve().parent
 FLAGS = {"--summary": "print the parameters by kind of module, and stop"}
@@ -27,12 +28,14 @@ FLAGS = {"--summary": "print the parameters by kind of module, and stop"}
 def main(argv: list[str]) -> None:
     """Reads the configuration; trains, or prints the summary."""
     config, _, flags = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS, complete)
-    config = replace(config, train=replace(config.train, steps=config.steps))
     if "--summary" in flags:
         from moejax.families.counts import summarise
 
         print(summarise(config.model))
         return
+    from moejax.training.saving import steps_to_take
+
+    config = replace(config, train=replace(config.train, steps=steps_to_take(config)))
     try:
         train(config)
     except OSError as error:
@@ -50,16 +53,25 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def train(config: RunConfig) -> None:
-    """The main job: data, model, loop, evaluation, a sample."""
-    from moejax.data import pipeline
+    """The main job, in a directory that is this process's alone."""
     from moejax.families import get_family
     from moejax.sharding import require_one_device
     from moejax.training import initial
-    from moejax.training.run_directory import claim_run_directory
+    from moejax.training.run_directory import hold_run_directory
 
     get_family(config.model.family)
     require_one_device(config.mesh)
     start = initial.find_start(config)
+    with hold_run_directory(config, log):
+        train_from(config, start)
+
+
+def train_from(config: RunConfig, start: "Start | None") -> None:
+    """Data, model, loop, evaluation, a sample."""
+    from moejax.data import pipeline
+    from moejax.training import initial
+    from moejax.training.run_directory import claim_run_directory
+
     directory = claim_run_directory(config)
     if start is not None:
         initial.keep_companions(start, directory)

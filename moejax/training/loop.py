@@ -45,13 +45,14 @@ class Trainer:
         """Trains to config.steps, saving on the way and when interrupted (then KeyboardInterrupt is raised)."""
         train, steps = self.config.train, self.config.steps
         start = int(state.step)
-        with Recorder(self.config, start, self.log) as recorder, self.saver as saver, interruption() as interrupted:
-            batches = self.batches_from(start)
+        with interruption() as interrupted, Recorder(self.config, start, self.log) as recorder, self.saver as saver:
+            batches = self.batches_from(saver.first_batch(start))
             for done in range(start + 1, steps + 1):
                 with recorder.timing("data"):
                     batch = next(batches)
                 state, metrics = train_step(self.model, self.optimizer, state, batch)
                 recorder.end_step(done, metrics)
+                saver.poll()
                 if interrupted():
                     self.log(f"interrupted; saving step {done}: the same command goes on from there")
                     saver.save(state)
