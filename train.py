@@ -21,6 +21,7 @@ from moejax.config import RunConfig, UserError
 
 if TYPE_CHECKING:
     from moejax.training.evaluation import EvaluationSet
+    from moejax.training.initial import Start
 
 HERE = Path(__file__).resolve().parent
 FLAGS = {
@@ -32,7 +33,6 @@ FLAGS = {
 def main(argv: list[str]) -> None:
     """Reads the configuration; trains, or prints what a flag asks for."""
     config, _, flags = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS, complete)
-    config = replace(config, train=replace(config.train, steps=config.steps))
     if "--summary" in flags:
         from moejax.families.counts import summarise
 
@@ -43,6 +43,9 @@ def main(argv: list[str]) -> None:
         print(describe_plan(config, lambda domain: None))  # SIMPLEST VERSION: nothing counts as prepared; to be asked of the cache
     if flags:
         return
+    from moejax.training.saving import steps_to_take
+
+    config = replace(config, train=replace(config.train, steps=steps_to_take(config)))
     try:
         train(config)
     except OSError as error:
@@ -60,19 +63,28 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def train(config: RunConfig) -> None:
-    """The main job: data, model, loop, evaluation, a sample."""
+    """The main job, in a directory that is this process's alone."""
     began = time.perf_counter()
-    from moejax.data import batches, curriculum, pipeline
     from moejax.families import get_family
     from moejax.sharding import require_one_device
     from moejax.training import initial
-    from moejax.training.run_directory import claim_run_directory
+    from moejax.training.run_directory import hold_run_directory
     from moejax.training.trackers import require_wandb
 
     get_family(config.model.family)
     require_one_device(config.mesh)
     require_wandb(config)
     start = initial.find_start(config)
+    with hold_run_directory(config, log):
+        train_from(config, start, began)
+
+
+def train_from(config: RunConfig, start: "Start | None", began: float) -> None:
+    """Data, model, loop, evaluation, a sample."""
+    from moejax.data import batches, curriculum, pipeline
+    from moejax.training import initial
+    from moejax.training.run_directory import claim_run_directory
+
     directory = claim_run_directory(config)
     if start is not None:
         initial.keep_companions(start, directory)

@@ -46,13 +46,15 @@ class Trainer:
         """Trains to config.steps, saving on the way and when interrupted (then KeyboardInterrupt is raised)."""
         train, steps = self.config.train, self.config.steps
         start = int(state.step)
-        with Recorder(self.config, start, self.log, began=self.began) as recorder, self.saver as saver, interruption() as interrupted:
-            batches = self.batches_from(start)
+        opened = Recorder(self.config, start, self.log, began=self.began)
+        with interruption() as interrupted, opened as recorder, self.saver as saver:
+            batches = self.batches_from(saver.first_batch(start))
             for done in range(start + 1, steps + 1):
                 with recorder.timing("data"):
                     batch = next(batches)
                 state, metrics = train_step(self.model, self.optimizer, state, batch)
                 recorder.end_step(done, metrics)
+                saver.poll()
                 if interrupted():
                     self.log(f"interrupted; saving step {done}: the same command goes on from there")
                     with recorder.timing("save"):
