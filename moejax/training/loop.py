@@ -13,7 +13,7 @@ from moejax.training.interruption import interruption
 from moejax.training.recorder import Recorder
 from moejax.training.saving import Saver
 from moejax.training.state import TrainState, abstract_state, begin_state, create_optimizer, create_state
-from moejax.training.step import train_step
+from moejax.training.step import step_options, train_step
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Trainer:
     initial_params: Callable[[], Any] | None = None  # loads the weights that a new run begins with; None: they are drawn
 
     def __post_init__(self) -> None:
-        self.optimizer = create_optimizer(self.config.train)
+        self.optimizer = create_optimizer(self.config.train, self.config.steps)
         self.saver = Saver(self.config, self.write_extra, self.log)
 
     def restore_or_create(self) -> TrainState:
@@ -44,13 +44,13 @@ class Trainer:
     def run(self, state: TrainState) -> TrainState:
         """Trains to config.steps, saving on the way and when interrupted (then KeyboardInterrupt is raised)."""
         train, steps = self.config.train, self.config.steps
-        start = int(state.step)
+        start, options = int(state.step), step_options(train)
         with Recorder(self.config, start, self.log) as recorder, self.saver as saver, interruption() as interrupted:
             batches = self.batches_from(start)
             for done in range(start + 1, steps + 1):
                 with recorder.timing("data"):
                     batch = next(batches)
-                state, metrics = train_step(self.model, self.optimizer, state, batch)
+                state, metrics = train_step(self.model, self.optimizer, state, batch, options)
                 recorder.end_step(done, metrics)
                 if interrupted():
                     self.log(f"interrupted; saving step {done}: the same command goes on from there")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.config import RunConfig
 from moejax.training.metrics import MetricsLog, Progress
@@ -21,7 +22,7 @@ class Recorder:
         self.metrics_log.rewind(start)
         self.start, self.steps = start, config.steps
         self.progress = Progress(start, self.steps, config.tokens_per_step, log)
-        self.schedule = learning_rate_schedule(config.train, config.train.learning_rate)
+        self.schedule = learning_rate_schedule(config.train, config.train.learning_rate, config.steps)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -38,7 +39,7 @@ class Recorder:
         """Takes note of a finished step (counted from 1) and its metrics, which may still be being computed."""
         if step % self.config.train.log_every and step != self.steps and step != self.start + 1:
             return
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         rate = self.progress.update(step, values["loss"])
         rates = {"learning_rate": float(jnp.asarray(self.schedule(step - 1))), "tokens_per_second": rate}
         self.metrics_log.write({"step": step, "tokens": step * self.config.tokens_per_step, **values, **rates})

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from moejax.checkpoint import store
 from moejax.config import RunConfig, to_json
 from moejax.model.transformer import stack_layers, unstack_layers
-from moejax.training.state import TrainState
+from moejax.training.state import TrainState, rebuild, stored_part
 
 
 class Saver:
@@ -35,9 +35,9 @@ class Saver:
         params = store.restore_params(newest, self.config.model)
         if not self.config.model.scan_layers:
             params = unstack_layers(params, self.config.model)
-        optimizer_state = store.restore_optimizer(newest, target.optimizer_state)
+        stored = store.restore_optimizer(newest, stored_part(target))
         self.log(f"resuming {self.directory} at step {step}")
-        return TrainState(jnp.int32(step or 0), jax.tree.map(jnp.asarray, params), optimizer_state)
+        return rebuild(step or 0, jax.tree.map(jnp.asarray, params), stored)
 
     def save(self, state: TrainState) -> None:
         """Begins to write checkpoints/<step>; the state may be given away as soon as this returns."""
@@ -49,7 +49,7 @@ class Saver:
             target,
             state.params if self.config.model.scan_layers else stack_layers(state.params, self.config.model),
             self.config.model,
-            optimizer=state.optimizer_state,
+            optimizer=stored_part(state),
             step=step,
             run=to_json(self.config),
             write_extra=self.write_extra,

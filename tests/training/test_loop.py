@@ -16,12 +16,10 @@ from moejax.checkpoint import store
 from moejax.config import DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
 from moejax.data.pipeline import Batch, pack
 from moejax.model.transformer import Transformer
-from moejax.ops.routing import RouterStatistics
 from moejax.training.evaluation import EvaluationSet, evaluate
 from moejax.training.interruption import interruption
 from moejax.training.loop import Trainer
 from moejax.training.state import create_optimizer
-from moejax.training.step import load_entropy
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -41,7 +39,8 @@ CONFIG = RunConfig(
 OPTIMIZER = create_optimizer(CONFIG.train)
 TRAINING_KEYS = {
     *("step", "tokens", "loss", "router_aux_loss", "router_z_loss", "grad_norm", "learning_rate"),
-    *("tokens_per_second", "expert_load_entropy", "dropped_tokens"),
+    *("tokens_per_second", "tokens_counted", "expert_load_entropy", "dropped_tokens", "skipped_steps", "skipped_in_a_row"),
+    *("expert_load_entropy_per_layer", "expert_load_max_over_mean"),
 }
 EVALUATION_KEYS = {"step", "tokens", "domain", "eval_loss", "eval_bits_per_byte", "eval_bytes"}
 
@@ -107,7 +106,11 @@ def test_a_row_of_metrics_has_what_it_should(straight):
     assert rows[0]["learning_rate"] == pytest.approx(0.015)
     assert rows[1]["learning_rate"] == pytest.approx(0.03)
     assert all(0 < row["expert_load_entropy"] <= 1 for row in rows)
-    assert all(math.isfinite(value) and row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in rows for value in row.values())
+    assert all(
+        math.isfinite(value) and row["grad_norm"] > 0 and row["tokens_per_second"] > 0
+        for row in rows
+        for value in np.hstack(list(row.values()))
+    )
 
 
 def test_rows_come_as_often_as_said(tmp_path):
@@ -236,14 +239,3 @@ def test_a_model_that_knows_nothing_needs_log_v_bits_a_token(straight, tmp_path)
 def test_evaluation_on_the_way(tmp_path):
     train_from_start(tmp_path, evaluation={"code": EvaluationSet([batch_at(9)], 50)}, steps=5, eval_every=2, save_every=100)
     assert [row["step"] for row in read_rows(tmp_path) if "domain" in row] == [2, 4]
-
-
-def test_entropy_of_the_experts_load():
-    def entropy(*layers):
-        load = np.array(layers, np.float32)
-        return float(load_entropy(RouterStatistics(load, load, np.zeros(len(layers), np.float32))))
-
-    assert entropy([0.5, 0.5, 0.5, 0.5]) == pytest.approx(1.0)
-    assert entropy([2.0, 0.0, 0.0, 0.0]) == pytest.approx(0.0, abs=1e-6)
-    assert entropy([1.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5]) == pytest.approx(0.75)
-    assert float(load_entropy(None)) == 1.0
