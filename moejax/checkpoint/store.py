@@ -28,7 +28,7 @@ from moejax.checkpoint.atomic import remove_directory
 from moejax.checkpoint.manifest import METADATA, DamagedCheckpoint, check_files, holds_checksum, read_sealed, write_manifest
 from moejax.checkpoint.processes import write_together
 from moejax.config import ModelConfig, UserError, model_from_json, to_json
-from moejax.families.layout import abstract_parameters, flatten_leaves, insert_leaf
+from moejax.families.layout import ROUTER_BIAS, abstract_parameters, flatten_leaves, insert_leaf
 
 FORMAT = 1
 PARAMS = "params"
@@ -162,7 +162,7 @@ def verify(directory: str | Path, inside: str | None = None) -> None:
 def restore_params(
     directory: str | Path, config: ModelConfig, dtype: str | None = None, sharding: Any = None, *, verify: bool = True
 ) -> dict[str, Any]:
-    """The parameter tree of a checkpoint, as jax arrays, in `dtype` or (None) as saved.
+    """The parameter tree of a checkpoint, as jax arrays, in `dtype` (the biases of routers always in float32) or (None) as saved.
 
     `sharding` is one jax.sharding.Sharding for all leaves or a tree of them, and each leaf is read straight into it, by each process
     its own parts; None puts everything on the first local device. `verify` compares the files with their checksums first, which
@@ -178,7 +178,8 @@ def restore_params(
 
     def describe(name: tuple[str, ...]) -> jax.ShapeDtypeStruct:
         shape, stored_dtype = stored[name]
-        return jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype) if dtype else stored_dtype, sharding=shardings[name])
+        wanted = stored_dtype if dtype is None or "/".join(name).endswith(ROUTER_BIAS) else jax.numpy.dtype(dtype)
+        return jax.ShapeDtypeStruct(shape, wanted, sharding=shardings[name])
 
     return restore_arrays(path, _nest({name: describe(name) for name in expected}))
 

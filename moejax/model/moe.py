@@ -7,7 +7,7 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from moejax.config import ModelConfig
-from moejax.model.layers import ExpertKernel, Projection
+from moejax.model.layers import ExpertKernel, Router
 from moejax.ops.dispatch import apply_experts
 from moejax.ops.expert_mlp import ExpertWeights
 from moejax.ops.routing import RouterStatistics, route, router_statistics
@@ -36,8 +36,8 @@ class MoE(nn.Module):
         config = self.config
         size, width, experts = config.hidden_size, config.intermediate_size, config.num_experts
         rows = x.reshape(-1, size)
-        logits = Projection(config, (experts, size), (None, "embed"), name="router")(rows.astype(jnp.float32))
-        routing = route(logits, config.experts_per_token, config.top_1_weight)
+        logits, bias = Router(config, name="router")(rows.astype(jnp.float32))
+        routing = route(logits, config.experts_per_token, config.top_1_weight, bias)
         weights = ExpertWeights(
             gate=ExpertKernel(config, (experts, width, size), ("expert", "mlp", "embed"), name="gate")(),
             up=ExpertKernel(config, (experts, width, size), ("expert", "mlp", "embed"), name="up")(),

@@ -13,7 +13,7 @@ from moejax.training.interruption import interruption
 from moejax.training.recorder import Recorder
 from moejax.training.saving import Saver
 from moejax.training.state import TrainState, abstract_state, begin_state, create_optimizer, create_state
-from moejax.training.step import train_step
+from moejax.training.step import check_finite, step_options, train_step
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Trainer:
     began: float | None = None  # time.perf_counter() when the command began; None: when training does
 
     def __post_init__(self) -> None:
-        self.optimizer = create_optimizer(self.config.train)
+        self.optimizer = create_optimizer(self.config.train, self.config.steps)
         self.saver = Saver(self.config, self.write_extra, self.log)
 
     def restore_or_create(self) -> TrainState:
@@ -45,16 +45,20 @@ class Trainer:
     def run(self, state: TrainState) -> TrainState:
         """Trains to config.steps, saving on the way and when interrupted (then KeyboardInterrupt is raised)."""
         train, steps = self.config.train, self.config.steps
-        start = int(state.step)
+        start, options = int(state.step), step_options(train)
         opened = Recorder(self.config, start, self.log, began=self.began)
         with interruption() as interrupted, opened as recorder, self.saver as saver:
             batches = self.batches_from(saver.first_batch(start))
+            before = None  # the metrics of the step before: known by now, so that looking at them waits for nothing
             for done in range(start + 1, steps + 1):
                 with recorder.timing("data"):
                     batch = next(batches)
-                state, metrics = train_step(self.model, self.optimizer, state, batch)
+                state, metrics = train_step(self.model, self.optimizer, state, batch, options)
                 recorder.end_step(done, metrics)
                 saver.poll()
+                if before is not None:
+                    check_finite(before, train, done - 1)
+                before = metrics
                 if interrupted():
                     self.log(f"interrupted; saving step {done}: the same command goes on from there")
                     with recorder.timing("save"):
@@ -66,6 +70,8 @@ class Trainer:
                 if train.eval_every and done % train.eval_every == 0 and done < steps:
                     with recorder.timing("evaluation"):
                         self.evaluate(state, recorder)
+            if before is not None:
+                check_finite(before, train, steps)
             with recorder.timing("save"):
                 saver.wait()
             if interrupted():  # during the last save or before the first step: nothing is left to save

@@ -44,7 +44,7 @@ class Recorder:
         self.metrics_log.rewind(start)
         self.starts_log = StartsLog(directory / "starts.jsonl")
         self.progress = Progress(config.steps, log)
-        self.schedule = learning_rate_schedule(config.train, config.train.learning_rate)
+        self.schedule = learning_rate_schedule(config.train, config.train.learning_rate, config.steps)
         self.flops_per_step = count_flops(config.model, config.train.batch_size, config.data.sequence_length)
         self.trace = StepTrace(config, start, log)
         require_wandb(config)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax import numpy as jnp
 
 from moejax.checkpoint import store
 from moejax.checkpoint.manifest import DamagedCheckpoint
@@ -17,7 +16,7 @@ from moejax.checkpoint.processes import gather, wait_for_all
 from moejax.cli import AtOnce
 from moejax.config import RunConfig, UserError, to_json
 from moejax.model.transformer import stack_layers, unstack_layers
-from moejax.training.state import TrainState
+from moejax.training.state import TrainState, rebuild, stored_part
 
 
 class Saver:
@@ -64,7 +63,7 @@ class Saver:
             target,
             state.params if self.config.model.scan_layers else stack_layers(state.params, self.config.model),
             self.config.model,
-            optimizer=state.optimizer_state,
+            optimizer=stored_part(state),
             step=step,
             rows_read=self.rows_read(step),
             random={"seed": self.config.train.seed, "step": step},  # what is random is a function of both
@@ -153,8 +152,7 @@ class Saver:
         params = store.restore_params(directory, model, sharding=stacked and _list_shardings(stacked), verify=False)
         if stacked is None:
             params = jax.tree.map(jax.device_put, unstack_layers(params, model), _list_shardings(target.params))
-        optimizer_state = store.restore_optimizer(directory, target.optimizer_state, verify=False)
-        return TrainState(jnp.int32(step), params, optimizer_state)
+        return rebuild(step, params, store.restore_optimizer(directory, stored_part(target), verify=False))
 
     def _set_aside(self, damaged: list[tuple[Path, str]], instead: Path) -> None:
         if not damaged:

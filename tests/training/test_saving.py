@@ -23,7 +23,7 @@ from moejax.config import DataConfig, ModelConfig, RunConfig, Stage, TrainConfig
 from moejax.data_config import Domain
 from moejax.model.transformer import Transformer
 from moejax.training.saving import Saver, steps_to_take
-from moejax.training.state import TrainState, abstract_state, create_optimizer
+from moejax.training.state import TrainState, abstract_state, create_optimizer, stored_part
 
 MODEL = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1, num_experts=8)
 CONFIG = RunConfig(model=MODEL, data=DataConfig(sequence_length=16), train=TrainConfig(batch_size=4))
@@ -111,7 +111,7 @@ def test_a_checkpoint_is_of_the_step_it_was_taken_at(tmp_path, devices):
     for number, one in expected.items():
         directory = store.step_directory(tmp_path, number)
         assert_equal_states(one.params, store.restore_params(directory, model))
-        assert_equal_states(one.optimizer_state, store.restore_optimizer(directory, abstract(model).optimizer_state))
+        assert_equal_states(stored_part(one), store.restore_optimizer(directory, stored_part(abstract(model))))
 
 
 def test_saving_does_not_wait_for_the_writing_and_nothing_shows_before_its_end(tmp_path):

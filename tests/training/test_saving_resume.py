@@ -19,7 +19,7 @@ import pytest
 from moejax.checkpoint import store
 from moejax.config import run_from_json
 from moejax.model.transformer import Transformer
-from moejax.training.state import abstract_state, create_optimizer
+from moejax.training.state import abstract_state, create_optimizer, stored_part
 from tests.conftest import ROOT, run_command
 
 STEPS = 60
@@ -116,7 +116,7 @@ def final_leaves(directory: Path) -> list[np.ndarray]:
     assert metadata.run is not None and (metadata.rows_read, metadata.random) == (STEPS * 4, {"seed": 0, "step": STEPS})
     target = abstract_state(Transformer(metadata.config), create_optimizer(run_from_json(metadata.run).train))
     params = store.restore_params(newest, metadata.config)
-    optimizer = store.restore_optimizer(newest, target.optimizer_state)
+    optimizer = store.restore_optimizer(newest, stored_part(target))
     return [np.asarray(leaf) for leaf in jax.tree.leaves((params, optimizer))]
 
 
