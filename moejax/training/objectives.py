@@ -35,7 +35,7 @@ def weighted_losses(model: Transformer, variables: Any, outputs: Outputs, target
 
 
 def pretrain(model: Transformer, variables: Any, batch: Any) -> tuple[Losses, Outputs]:
-    """Next-token prediction on packed rows (moejax.data.pipeline.Batch): documents of a row do not see each other."""
+    """Next-token prediction on packed rows (moejax.data.rows.Batch): documents of a row do not see each other."""
     outputs = model.apply(variables, batch.tokens, positions=batch.positions, segments=batch.segments, return_logits=False)
     return weighted_losses(model, variables, outputs, batch.targets, batch.weights), outputs
 
