@@ -53,7 +53,7 @@ def make_text(megabytes: float, seed: int = 0) -> list[str]:
 
 def run(arguments: Arguments) -> None:
     """Measures and reports."""
-    from moejax.data.pipeline import make_dataset
+    from moejax.data.batches import make_dataset
     from moejax.data.prepare import prepare
     from moejax.data.text import train_tokenizer
 
