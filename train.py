@@ -6,8 +6,8 @@
     python train.py configs/arctic_480b.py --summary         what the model is made of; nothing is allocated
     python train.py configs/arctic_480b.py --data-plan       what is read when: stages, domains, tokens, epochs; nothing is prepared
 
-The run lives in runs/<name> (or --run-dir): config.json, tokenizer.model, metrics.jsonl, checkpoints/ and more (docs/training.md). The
-same command goes on where the run stopped; `moejax-report runs/<name>` makes a page of it.
+The run lives in runs/<name> (or --run-dir): config.json, data.json, tokenizer.model, metrics.jsonl, checkpoints/ and more
+(docs/training.md). The same command goes on where the run stopped; `moejax-report runs/<name>` makes a page of it.
 """
 
 import functools
@@ -81,7 +81,8 @@ def train(config: RunConfig) -> None:
 
 def train_from(config: RunConfig, start: "Start | None", began: float) -> None:
     """Data, model, loop, evaluation, a sample."""
-    from moejax.data import batches, curriculum, pipeline
+    from moejax.data import batches, curriculum
+    from moejax.data.prepare import prepare
     from moejax.training import initial
     from moejax.training.run_directory import claim_run_directory
 
@@ -90,7 +91,7 @@ def train_from(config: RunConfig, start: "Start | None", began: float) -> None:
         initial.keep_companions(start, directory)
     elif config.init_from:
         log(f"{directory} goes on from its own checkpoint; {config.init_from} is not read again (another --run-dir starts anew)")
-    data = pipeline.prepare(config.data, config.model.vocab_size, directory, log, start and start.tokenizer)
+    data = prepare(config.data, config.model.vocab_size, directory, log, start and start.tokenizer)
     sizes = {name: len(rows) for name, rows in data.rows.items()}
     for line in curriculum.describe_repeats(config.data, sizes, config.train.batch_size, config.steps):
         log(line)
@@ -139,11 +140,11 @@ def explain_full_disk(config: RunConfig, error: OSError) -> None:
 
 def evaluation_set(config: RunConfig, tokenizer, documents: list) -> "EvaluationSet":
     """A domain's held-out text, as batches that cover every byte once."""
-    from moejax.data import pipeline
+    from moejax.data.evaluation_rows import evaluation_rows, iterate_rows
     from moejax.training.evaluation import EvaluationSet
 
-    rows, utf8_bytes = pipeline.evaluation_rows(tokenizer, documents, config.data.sequence_length, evaluation_bytes(config))
-    return EvaluationSet(list(pipeline.iterate_rows(rows, config.train.batch_size)), utf8_bytes)
+    rows, utf8_bytes = evaluation_rows(tokenizer, documents, config.data.sequence_length, evaluation_bytes(config))
+    return EvaluationSet(list(iterate_rows(rows, config.train.batch_size)), utf8_bytes)
 
 
 def evaluation_bytes(config: RunConfig) -> int:
@@ -153,7 +154,7 @@ def evaluation_bytes(config: RunConfig) -> int:
 
 def report(config: RunConfig, bits_per_byte: dict[str, float], held_out: dict) -> None:
     """Evaluation per domain beside what gzip -9 makes of the same text."""
-    from moejax.data.pipeline import gzip_bits_per_byte
+    from moejax.data.evaluation_rows import gzip_bits_per_byte
 
     log("\nheld-out text, bits per byte:")
     for domain, value in bits_per_byte.items():

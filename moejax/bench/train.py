@@ -32,7 +32,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Measures and reports."""
-    from moejax.data.pipeline import Batch
+    from moejax.data.rows import Batch
     from moejax.families.flops import count_flops
     from moejax.model.transformer import Transformer
     from moejax.training.state import create_optimizer, create_state

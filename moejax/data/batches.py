@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 from moejax.config import DataConfig, UserError, divisors
 from moejax.data.curriculum import Schedule, require_rows
-from moejax.data.sources import stable_key
+from moejax.data.documents import stable_key
 
 PREFETCH_THREADS = 2  # more of them only wait for each other: making a row holds the interpreter
 PREFETCHED_BATCHES = 4

@@ -50,7 +50,7 @@ def weighted_losses(
 
 
 def pretrain(model: Transformer, variables: Any, batch: Any, whole: Whole | None = None) -> tuple[Losses, Outputs]:
-    """Next-token prediction on packed rows (moejax.data.pipeline.Batch): documents of a row do not see each other.
+    """Next-token prediction on packed rows (moejax.data.rows.Batch): documents of a row do not see each other.
 
     `whole` where the batch is one part of a larger one, as in `weighted_losses`.
     """

@@ -15,6 +15,8 @@ from moejax.config import RunConfig, UserError, to_json
 
 # Fields of the model that change how it is computed, not what it is: a run may go on with others.
 HOW_NOT_WHAT = {"dispatch", "dtype", "remat"}
+# Where and how its tokens are kept and made, not which they are.
+WHERE_NOT_WHAT = {"cache_dir", "workers"}
 # What a run has that got as far as having text; from then on it can only be gone on with as it is.
 LEFT_BY_A_RUN = ("tokenizer.model", "tokenizer.json", "checkpoints")
 LOCK = ".lock"
@@ -119,7 +121,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _refuse_other_run(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     differences = []
-    for section, ignored in (("model", HOW_NOT_WHAT), ("data", set())):
+    for section, ignored in (("model", HOW_NOT_WHAT), ("data", WHERE_NOT_WHAT)):
         for name, value in now[section].items():
             old = before[section].get(name, value)  # a field newer than the run
             if name not in ignored and old != value:

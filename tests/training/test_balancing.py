@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 import moejax
 from moejax.config import ModelConfig, TrainConfig
-from moejax.data.pipeline import Batch
+from moejax.data.rows import Batch
 from moejax.families.layout import flatten_leaves
 from moejax.model.transformer import Transformer, init_parameters, unstack_layers
 from moejax.training.balancing import load_entropy, load_max_over_mean, move_biases, spare_biases, without_biases

@@ -14,7 +14,7 @@ import pytest
 
 from moejax.checkpoint import store
 from moejax.config import DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
-from moejax.data.pipeline import Batch, pack
+from moejax.data.rows import Batch, pack
 from moejax.model.transformer import Transformer
 from moejax.training.evaluation import EvaluationSet, evaluate
 from moejax.training.interruption import interruption

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 import moejax
 from moejax.config import ModelConfig
-from moejax.data.pipeline import Batch, pack
+from moejax.data.rows import Batch, pack
 from moejax.model.transformer import Transformer, init_parameters
 from moejax.training.objectives import negative_log_likelihoods, pretrain
 

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from moejax.checkpoint import store
 from moejax.config import ModelConfig, TrainConfig, UserError
-from moejax.data.pipeline import Batch
+from moejax.data.rows import Batch
 from moejax.model.transformer import Transformer, init_parameters
 from moejax.training.objectives import pretrain
 from moejax.training.state import abstract_state, create_optimizer, create_state, rebuild, stored_part
