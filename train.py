@@ -39,8 +39,9 @@ def main(argv: list[str]) -> None:
         print(summarise(config.model))
     if "--data-plan" in flags:
         from moejax.data.plan import describe_plan
+        from moejax.data.prepare import find_prepared_tokens
 
-        print(describe_plan(config, lambda domain: None))  # SIMPLEST VERSION: nothing counts as prepared; to be asked of the cache
+        print(describe_plan(config, find_prepared_tokens(config.data, config.model.vocab_size, Path(config.directory))))
     if flags:
         return
     from moejax.training.saving import steps_to_take

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from moejax.data.encoding import WorkerDied, encode_stream, ids_dtype
 from moejax.data.held_out import HEAD, split_stream
 from moejax.data.rows import Rows
 from moejax.data.run_record import begun_with, has_steps, read_record, require_same, write_record
-from moejax.data.run_tokenizer import choose_tokenizer, find_or_train_tokenizer
+from moejax.data.run_tokenizer import choose_tokenizer, find_or_train_tokenizer, find_trained_tokenizer
 from moejax.data.sources import DEFAULT_MEGABYTES, describe_source, read_documents
 from moejax.data.text import Tokenizer
 
@@ -138,6 +138,29 @@ def prepare_entries(
             log(f"{domain.name}: {entry.tokens / 1e6:.2f} M tokens kept in {str(entry.directory)!r}")
         entries[domain.name] = entry
     return tokenizer, entries
+
+
+def find_prepared_tokens(data: DataConfig, vocab_size: int, directory: Path) -> Callable[[Domain], int | None]:
+    """A function from a domain to its training tokens, None where they are not in the cache. Reads no text and writes nothing."""
+    root, descriptions = find_cache(data), {}
+    for domain in data.sources:
+        with contextlib.suppress(UserError):  # a path that names nothing yet, a Hub that does not answer
+            descriptions[domain.name] = describe_domain(data, domain)
+    try:
+        tokenizer, _ = choose_tokenizer(data, vocab_size, directory, None)
+    except UserError:  # said when the run is started
+        tokenizer = None
+    if tokenizer is None and len(descriptions) == len(data.sources):
+        tokenizer = find_trained_tokenizer(data, vocab_size, descriptions, root)
+
+    def count(domain: Domain) -> int | None:
+        if tokenizer is None or domain.name not in descriptions:
+            return None
+        key = make_key({**descriptions[domain.name], "tokenizer": describe_tokenizer(tokenizer)})
+        entry = find_entry(root, key, verify=False)
+        return entry and entry.tokens
+
+    return count
 
 
 def describe_domain(data: DataConfig, domain: Domain) -> dict[str, Any]:

@@ -58,17 +58,13 @@ def find_or_train_tokenizer(
 
     `descriptions` say all that decides the text of each domain.
     """
-    import sentencepiece
-
     shares = share_of_domains(data)
-    described = [[domain.name, descriptions[domain.name], shares[domain.name]] for domain in data.sources]
-    key = make_key({"tokenizer": vocab_size, "sentencepiece": sentencepiece.__version__, "text": described})
-    directory = root / f"tokenizer-{key}"
+    directory = _place(data, vocab_size, descriptions, root)
     kept = _find(directory, log)
     if kept is not None:
         return kept
     tokenizer = tokenizers.train_tokenizer(_sample(data, shares, texts), vocab_size)
-    temporary = root / f".tokenizer-{key}.{os.getpid()}.part"
+    temporary = root / f".{directory.name}.{os.getpid()}.part"
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this one's number before
     try:
         tokenizer.save(temporary)
@@ -85,7 +81,20 @@ def find_or_train_tokenizer(
     return tokenizer
 
 
-def _find(directory: Path, log: Log) -> tokenizers.Tokenizer | None:
+def find_trained_tokenizer(data: DataConfig, vocab_size: int, descriptions: Mapping[str, Any], root: Path) -> tokenizers.Tokenizer | None:
+    """The tokenizer that `find_or_train_tokenizer` would find, None where it would train one."""
+    return _find(_place(data, vocab_size, descriptions, root), None)
+
+
+def _place(data: DataConfig, vocab_size: int, descriptions: Mapping[str, Any], root: Path) -> Path:
+    import sentencepiece
+
+    shares = share_of_domains(data)
+    described = [[domain.name, descriptions[domain.name], shares[domain.name]] for domain in data.sources]
+    return root / f"tokenizer-{make_key({'tokenizer': vocab_size, 'sentencepiece': sentencepiece.__version__, 'text': described})}"
+
+
+def _find(directory: Path, log: Log | None) -> tokenizers.Tokenizer | None:
     if not directory.is_dir():
         return None
     index = read_sealed(directory / INDEX)
@@ -93,8 +102,9 @@ def _find(directory: Path, log: Log) -> tokenizers.Tokenizer | None:
         (directory / name).is_file() and crc32_of(directory / name) == crc for name, crc in index["files"].items()
     ):
         return tokenizers.load_tokenizer(directory)
-    log(f"the kept tokenizer in {str(directory)!r} is broken; training it again")
-    shutil.rmtree(directory, ignore_errors=True)
+    if log is not None:
+        log(f"the kept tokenizer in {str(directory)!r} is broken; training it again")
+        shutil.rmtree(directory, ignore_errors=True)
     return None
 
 

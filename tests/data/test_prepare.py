@@ -12,7 +12,7 @@ import pytest
 from moejax.config import DataConfig, Domain, UserError
 from moejax.data import held_out
 from moejax.data import prepare as prepare_module
-from moejax.data.prepare import prepare
+from moejax.data.prepare import find_prepared_tokens, prepare
 
 LENGTH = 16
 
@@ -233,3 +233,19 @@ def test_a_trained_tokenizer_is_kept_for_other_runs_and_made_again_when_broken(d
     assert prepare(data, 512, tmp_path / "c", lines.append).tokenizer.model_bytes == first.tokenizer.model_bytes
     assert "the kept tokenizer in" in lines[2] and "broken" in lines[2]
     assert prepare(data, 300, tmp_path / "d", lines.append).tokenizer.model_bytes != first.tokenizer.model_bytes
+
+
+def test_what_is_prepared_can_be_counted_without_reading_text(data, tmp_path, monkeypatch):
+    data = dataclasses.replace(data, cache_dir=str(tmp_path / "cache"))
+    count = find_prepared_tokens(data, 512, tmp_path / "run")
+    assert [count(domain) for domain in data.domains] == [None, None] and not (tmp_path / "cache").exists()
+    prepared = prepare(data, 512, tmp_path / "run", lambda line: None)
+    monkeypatch.setattr(prepare_module, "read_documents", None)
+    for directory in ("run", "another"):
+        count = find_prepared_tokens(data, 512, tmp_path / directory)
+        assert [count(domain) for domain in data.domains] == [prepared.rows[domain.name].num_tokens for domain in data.domains]
+    change_files(data)
+    count = find_prepared_tokens(data, 512, tmp_path / "run")
+    assert count(data.domains[0]) is not None and count(data.domains[1]) is None
+    gone = dataclasses.replace(data, path=str(tmp_path / "gone"))
+    assert find_prepared_tokens(gone, 512, tmp_path / "run")(gone.sources[0]) is None
