@@ -10,12 +10,12 @@ it ran goes to stderr.
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moejax.cli import parse, run_command
-from moejax.config import UserError
+from moejax.config import MeshConfig, UserError
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Arguments:
     ignore_eos: bool = False  # go on past the end of text
     dtype: str | None = None  # float32 or bfloat16; None: the checkpoint's
     chat: bool = False  # hold a conversation: a line of stdin is a message
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(fsdp=1))  # devices that share the model, as in training; --mesh.tensor 8
     chat_format: str | None = None  # mistral-v1, mistral-v3 or arctic; None: the one that came with the tokenizer
 
 
@@ -73,6 +74,7 @@ def load(path: Path, arguments: Arguments) -> tuple[Any, Any, Any]:
     from moejax.checkpoint.detect import find_checkpoint
     from moejax.checkpoint.source import open_source
     from moejax.data.text import find_tokenizer
+    from moejax.sharding import mesh_of
 
     if path.is_dir():
         kind, directory = find_checkpoint(path)
@@ -81,7 +83,7 @@ def load(path: Path, arguments: Arguments) -> tuple[Any, Any, Any]:
                 pass  # a format that is not read is refused by its name, before anything is missed beside it
         choose_tokenizer(path, find_tokenizer(directory) or find_tokenizer(path), arguments)
     started = time.perf_counter()
-    model, variables, tokenizer = moejax.load(path, dtype=arguments.dtype)
+    model, variables, tokenizer = moejax.load(path, mesh_of(arguments.mesh), dtype=arguments.dtype)
     note(f"{path}: {model.config.family}, loaded in {time.perf_counter() - started:.1f} s")
     return model, variables, choose_tokenizer(path, tokenizer, arguments)
 

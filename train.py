@@ -4,12 +4,14 @@
     python train.py configs/x.py --train.steps 20 ...        another config, any field overridden
     python train.py configs/finetune.py --init-from DIR --data.path my.jsonl      goes on from a checkpoint's weights, docs/finetuning.md
     python train.py configs/arctic_480b.py --summary         what the model is made of; nothing is allocated
+    python train.py configs/arctic_480b.py --data-plan       what is read when: stages, domains, tokens, epochs; nothing is prepared
 
-The run lives in runs/<name> (or --run-dir): config.json, tokenizer.model, metrics.jsonl, checkpoints/. The same command goes on
-where the run stopped.
+The run lives in runs/<name> (or --run-dir): config.json, data.json, tokenizer.model, metrics.jsonl, checkpoints/ and more
+(docs/training.md). The same command goes on where the run stopped; `moejax-report runs/<name>` makes a page of it.
 """
 
 import functools
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,21 +20,35 @@ from moejax.cli import parse_run, run_command
 from moejax.config import RunConfig, UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from moejax.training.evaluation import EvaluationSet
+    from moejax.training.initial import Start
 
 HERE = Path(__file__).resolve().parent
-FLAGS = {"--summary": "print the parameters by kind of module, and stop"}
+FLAGS = {
+    "--summary": "print the parameters by kind of module, and stop",
+    "--data-plan": "print stages, domains, tokens and epochs, and stop",
+}
 
 
 def main(argv: list[str]) -> None:
-    """Reads the configuration; trains, or prints the summary."""
+    """Reads the configuration; trains, or prints what a flag asks for."""
     config, _, flags = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS, complete)
-    config = replace(config, train=replace(config.train, steps=config.steps))
     if "--summary" in flags:
         from moejax.families.counts import summarise
 
         print(summarise(config.model))
+    if "--data-plan" in flags:
+        from moejax.data.plan import describe_plan
+        from moejax.data.prepare import find_prepared_tokens
+
+        print(describe_plan(config, find_prepared_tokens(config.data, config.model.vocab_size, Path(config.directory))))
+    if flags:
         return
+    from moejax.training.saving import steps_to_take
+
+    config = replace(config, train=replace(config.train, steps=steps_to_take(config)))
     try:
         train(config)
     except OSError as error:
@@ -50,31 +66,52 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def train(config: RunConfig) -> None:
-    """The main job: data, model, loop, evaluation, a sample."""
-    from moejax.data import pipeline
+    """The main job, in a directory that is this process's alone."""
+    began = time.perf_counter()
     from moejax.families import get_family
-    from moejax.sharding import require_one_device
+    from moejax.sharding import mesh_of
+    from moejax.training import initial
+    from moejax.training.run_directory import hold_run_directory
+    from moejax.training.trackers import require_wandb
+
+    get_family(config.model.family)
+    require_wandb(config)
+    start = initial.find_start(config)
+    mesh = mesh_of(config.mesh, config.model)
+    with hold_run_directory(config, log):
+        train_from(config, start, mesh, began)
+
+
+def train_from(config: RunConfig, start: "Start | None", mesh: "Mesh | None", began: float) -> None:
+    """Data, model, loop, evaluation, a sample."""
+    from moejax.data import batches, curriculum
+    from moejax.data.prepare import prepare
     from moejax.training import initial
     from moejax.training.run_directory import claim_run_directory
 
-    get_family(config.model.family)
-    require_one_device(config.mesh)
-    start = initial.find_start(config)
     directory = claim_run_directory(config)
     if start is not None:
         initial.keep_companions(start, directory)
     elif config.init_from:
         log(f"{directory} goes on from its own checkpoint; {config.init_from} is not read again (another --run-dir starts anew)")
-    data = pipeline.prepare(config.data, config.model.vocab_size, directory, log, start and start.tokenizer)
+    data = prepare(config.data, config.model.vocab_size, directory, log, start and start.tokenizer)
+    sizes = {name: len(rows) for name, rows in data.rows.items()}
+    for line in curriculum.describe_repeats(config.data, sizes, config.train.batch_size, config.steps):
+        log(line)
     # Only now what compiles and what touches the device: mistakes so far were answered at once.
     from moejax.model.transformer import Transformer
+    from moejax.training.curriculum_figure import draw_curriculum
     from moejax.training.loop import Trainer
+    from moejax.training.placement import rows_of_process
 
-    batches_from = functools.partial(pipeline.batches_from, config.data, data.rows, config.train.batch_size)
+    process, processes = rows_of_process(mesh, config.train.batch_size)
+    batches_from = functools.partial(
+        batches.batches_from, config.data, data.rows, config.train.batch_size, process_index=process, process_count=processes
+    )
     evaluation = {name: evaluation_set(config, data.tokenizer, documents) for name, documents in data.held_out.items()}
     write_extra = initial.companion_writer(directory, data.tokenizer)
-    load_weights = None if start is None else lambda: load_initial_weights(config)
-    trainer = Trainer(config, Transformer(config.model), batches_from, evaluation, write_extra, log, load_weights)
+    load_weights = None if start is None else lambda: load_initial_weights(config, mesh)
+    trainer = Trainer(config, Transformer(config.model, mesh), batches_from, evaluation, write_extra, log, load_weights, began)
     state = trainer.restore_or_create()
     if int(state.step) >= config.steps:
         log(
@@ -82,16 +119,17 @@ def train(config: RunConfig) -> None:
         )
     state = trainer.run(state)
     report(config, trainer.evaluate(state), data.held_out)
+    draw_curriculum(directory, config, directory / "curriculum.png", log)
     print_sample(config, trainer.model, state.params, data.tokenizer)
 
 
-def load_initial_weights(config: RunConfig) -> Any:
+def load_initial_weights(config: RunConfig, mesh: "Mesh | None") -> Any:
     """The weights of `init_from`, in the run's dtype and layout."""
     import moejax
     from moejax.model.transformer import stack_layers, unstack_layers
 
     log(f"beginning with the weights of {config.init_from}")
-    model, variables, _ = moejax.load(str(config.init_from), dtype=config.model.param_dtype)
+    model, variables, _ = moejax.load(str(config.init_from), mesh, dtype=config.model.param_dtype)
     stacked = variables["params"] if model.config.scan_layers else stack_layers(variables["params"], model.config)
     return stacked if config.model.scan_layers else unstack_layers(stacked, config.model)
 
@@ -109,11 +147,11 @@ def explain_full_disk(config: RunConfig, error: OSError) -> None:
 
 def evaluation_set(config: RunConfig, tokenizer, documents: list) -> "EvaluationSet":
     """A domain's held-out text, as batches that cover every byte once."""
-    from moejax.data import pipeline
+    from moejax.data.evaluation_rows import evaluation_rows, iterate_rows
     from moejax.training.evaluation import EvaluationSet
 
-    rows, utf8_bytes = pipeline.evaluation_rows(tokenizer, documents, config.data.sequence_length, evaluation_bytes(config))
-    return EvaluationSet(list(pipeline.iterate_rows(rows, config.train.batch_size)), utf8_bytes)
+    rows, utf8_bytes = evaluation_rows(tokenizer, documents, config.data.sequence_length, evaluation_bytes(config))
+    return EvaluationSet(list(iterate_rows(rows, config.train.batch_size)), utf8_bytes)
 
 
 def evaluation_bytes(config: RunConfig) -> int:
@@ -123,7 +161,7 @@ def evaluation_bytes(config: RunConfig) -> int:
 
 def report(config: RunConfig, bits_per_byte: dict[str, float], held_out: dict) -> None:
     """Evaluation per domain beside what gzip -9 makes of the same text."""
-    from moejax.data.pipeline import gzip_bits_per_byte
+    from moejax.data.evaluation_rows import gzip_bits_per_byte
 
     log("\nheld-out text, bits per byte:")
     for domain, value in bits_per_byte.items():

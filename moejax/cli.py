@@ -39,10 +39,15 @@ class ParsedRun(NamedTuple):
     flags: frozenset[str]
 
 
+class AtOnce(KeyboardInterrupt):
+    """The second Ctrl-C, or the second SIGTERM: the process ends without waiting for threads that still write."""
+
+
 def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Calls `main(argv)` and exits with its status (None is 0).
 
-    A UserError becomes `error: <message>` on stderr and status 2; an interrupt one line and 130; a reader that closed
+    A UserError becomes `error: <message>` on stderr and status 2; an interrupt (Ctrl-C, and SIGTERM where a command
+    takes it for one) one line and 130; a reader that closed
     our stdout (`| head`) ends the command quietly with 141. Every other exception is a defect and keeps its traceback.
     """
     try:
@@ -51,9 +56,13 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = EXIT_USER_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("\ninterrupted", file=sys.stderr)
         status = EXIT_INTERRUPTED
+        if isinstance(interrupt, AtOnce):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)  # the interpreter would wait for every thread
     except BrokenPipeError:
         # What is still buffered would raise again at exit; nobody reads it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -94,6 +94,11 @@ class ModelConfig:
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}; use one of "
                 f"{', '.join(map(str, divisors(self.num_heads)))}"
             )
+        if self.router_bias and self.dispatch == "capacity":
+            raise UserError(
+                "model.router_bias=True balances the experts of dropless dispatch, but model.dispatch='capacity' has gates of its own; "
+                "set --no-model.router-bias, or --model.dispatch auto"
+            )
         if self.head_width % 2:
             raise UserError(f"model.head_size={self.head_width} is odd; rotary position embeddings pair its halves, use an even number")
         if self.experts_per_token > self.num_experts:
@@ -146,7 +151,7 @@ class TrainConfig:
     steps: int | None = None  # None: to the end of the stages; a run longer than its stages goes on with the last one's mixture
     batch_size: int = 8  # rows a step
     accumulation_steps: int = 1  # parts that a batch is computed in, one after another: less memory, the same gradient
-    optimizer: OptimizerName = "adamw"
+    optimizer: OptimizerName = "adamw"  # float32 bytes of state a parameter: adamw 8, lion 4, muon 4, adafactor under 0.01
     learning_rate: float = 3e-4  # peak
     adam_learning_rate: float = 3e-3  # peak for what Muon leaves to AdamW (embeddings, head, norms, router)
     schedule: ScheduleName = "cosine"

@@ -88,7 +88,7 @@ class DataConfig:
     held_out_fraction: float = 0.03  # share of whole documents (modules, files, lines of JSONL) kept for evaluation
     skip_bad: bool = False  # leave out, and count, lines that are no JSON or have no text, instead of stopping
     cache_dir: str | None = None  # where tokens are kept; None: $MOEJAX_CACHE, else ~/.cache/moejax
-    workers: int | None = None  # processes that tokenise; None: one a core
+    workers: int | None = None  # processes that tokenise, threads where there is little text; None: one a core
     seed: int = 0
 
     def __post_init__(self) -> None:

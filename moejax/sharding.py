@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moejax.config import ModelConfig, UserError, divisors
+from moejax.config import MeshConfig, ModelConfig, UserError, divisors
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor", "stage")
 
@@ -50,6 +50,15 @@ def make_mesh(
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
+def mesh_of(config: MeshConfig, model: ModelConfig | None = None) -> Mesh | None:
+    """The mesh of a configuration over all devices; None where that is one device. Raises UserError for one that the model does not fit."""
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    mesh = make_mesh(**sizes)
+    if model is not None:
+        check_mesh(model, mesh)
+    return mesh if mesh.size > 1 else None
+
+
 def axis_size(mesh: Mesh | None, *axes: str) -> int:
     """Devices along these axes together; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
@@ -60,7 +69,8 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
     parts = []
     for name, size in zip(axes, shape, strict=True):
         over = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
-        parts.append((over if len(over) > 1 else over[0]) if over and size % axis_size(mesh, *over) == 0 else None)
+        divides = size % axis_size(mesh, *over) == 0
+        parts.append(None if not over or not divides else over if len(over) > 1 else over[0])
     return PartitionSpec(*parts)
 
 

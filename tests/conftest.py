@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,9 @@ if _DEVICE_FLAG not in os.environ.get("XLA_FLAGS", ""):
 # Tests marked gpu or tpu are run on such a machine with JAX_PLATFORMS naming it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Tokens that tests and the commands they start keep: never in the user's home, and gone with the test run.
+_CACHE = tempfile.TemporaryDirectory(prefix="moejax-tests-", ignore_cleanup_errors=True)
+os.environ["MOEJAX_CACHE"] = _CACHE.name
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -84,7 +84,9 @@ def test_a_run_leaves_what_it_should(run, place):
     assert run.returncode == 0, run.stderr
     directory = place / "runs" / "straight"
     assert [path.name for path in store.list_steps(directory)] == ["00000015", "00000020"]
-    assert {"config.json", "metrics.jsonl", "tokenizer.model", "checkpoints"} <= {path.name for path in directory.iterdir()}
+    assert {"config.json", "metrics.jsonl", "tokenizer.model", "checkpoints", "curriculum.png"} <= {
+        path.name for path in directory.iterdir()
+    }
     *rows, evaluation = read_rows(directory)
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert rows[-1]["tokens"] == 20 * 4 * 32

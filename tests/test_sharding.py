@@ -4,11 +4,11 @@ import math
 
 import jax
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 import moejax
-from moejax.config import MeshConfig, UserError
-from moejax.sharding import MESH_AXES, RULES, require_one_device, resolve_sizes
+from moejax.config import MeshConfig, ModelConfig, UserError
+from moejax.sharding import MESH_AXES, RULES, mesh_of, partition_spec, resolve_sizes
 
 
 def sizes(**given):
@@ -60,8 +60,32 @@ def test_the_configuration_has_the_axes_of_the_mesh():
     assert tuple(MeshConfig.__dataclass_fields__) == MESH_AXES
 
 
-def test_training_says_what_it_cannot_do_yet():
-    require_one_device(MeshConfig())
-    require_one_device(MeshConfig(fsdp=1, data=-1))
-    with pytest.raises(UserError, match=r"mesh\.expert=4.*not implemented yet.*one device"):
-        require_one_device(MeshConfig(expert=4))
+def test_one_device_is_no_mesh(monkeypatch):
+    assert mesh_of(MeshConfig()).shape["fsdp"] == 8
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    assert mesh_of(MeshConfig()) is None
+
+
+IMPOSSIBLE = {
+    "experts that do not divide": ({"expert": 4, "fsdp": 2}, {"num_experts": 6}, ("mesh.expert=4", "model.num_experts=6", "1, 2, 3, 6")),
+    "heads that do not divide": ({"tensor": 8}, {"num_heads": 4}, ("mesh.tensor=8", "model.num_kv_heads=2", "1, 2")),
+    "stages": ({"stage": 8}, {}, ("mesh.stage=8", "reserved")),
+    "rows that stay at home": ({"expert": 8}, {"dispatch": "sorted"}, ("model.dispatch='sorted'", "mesh.expert=8", "gather")),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_a_mesh_that_does_not_fit_the_model_says_what_would(case):
+    axes, model, parts = IMPOSSIBLE[case]
+    with pytest.raises(UserError) as caught:
+        mesh_of(MeshConfig(**{"fsdp": 1} | axes), ModelConfig(**model))
+    message = str(caught.value)
+    assert [part for part in parts if part not in message] == [], message
+    assert "\n" not in message
+
+
+def test_what_does_not_divide_is_not_divided():
+    mesh = moejax.make_mesh(fsdp=4, tensor=2)
+    assert partition_spec(("mlp", "embed"), (6, 8), mesh) == PartitionSpec("tensor", "fsdp")
+    assert partition_spec(("mlp", "embed"), (5, 6), mesh) == PartitionSpec(None, None)
+    assert partition_spec((None, "batch"), (3, 8), mesh) == PartitionSpec(None, "fsdp")

@@ -5,7 +5,7 @@ import importlib
 from moejax.cli import parse, run_command
 from moejax.config import UserError
 
-BENCHMARKS = ("train", "storage_order", "convert")
+BENCHMARKS = ("train", "save", "storage_order", "convert", "data")
 
 
 def main(argv: list[str]) -> None:

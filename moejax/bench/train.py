@@ -30,22 +30,10 @@ class Arguments:
     json: str | None = None  # a file for the result; - prints only the JSON
 
 
-def count_flops(config: ModelConfig, rows: int, length: int) -> int:
-    """FLOP of one step by hand: 6 per matmul weight a token meets, and attention counted causally (half the square)."""
-    from moejax.families.counts import count_parameters
-
-    kinds = count_parameters(config).by_kind
-    weights = sum(count.active for kind, count in kinds.items() if kind not in ("embedding", "norms"))
-    if config.tie_embeddings:
-        weights += config.vocab_size * config.hidden_size
-    seen = length * (length + 1) // 2
-    attention = config.num_layers * 4 * config.num_heads * config.head_width * seen
-    return rows * (6 * weights * length + 3 * attention)
-
-
 def run(arguments: Arguments) -> None:
     """Measures and reports."""
-    from moejax.data.pipeline import Batch
+    from moejax.data.rows import Batch
+    from moejax.families.flops import count_flops
     from moejax.model.transformer import Transformer
     from moejax.training.state import create_optimizer, create_state
     from moejax.training.step import train_step

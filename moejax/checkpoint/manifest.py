@@ -29,6 +29,19 @@ READERS = min(8, 2 * (os.cpu_count() or 1))  # reading waits for the disk, and c
 _CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{8})"')
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint is not what was written: `path`, a file or folder of it, `what` is wrong with it. Another checkpoint will do."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path} {what}; use another copy of the checkpoint, or another checkpoint")
+        self.path, self.what = path, what
+
+    def describe(self, directory: Path) -> str:
+        """What is wrong, the file named as it lies in the checkpoint `directory`."""
+        inside = self.path.relative_to(directory) if self.path.is_relative_to(directory) else self.path
+        return self.what if inside == Path() else f"{inside.as_posix()} {self.what}"
+
+
 @dataclass(frozen=True)
 class FileSum:
     """Size and CRC-32 of one file."""
@@ -94,6 +107,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return values
 
 
+def holds_checksum(text: bytes) -> bool:
+    """Whether the text of a moejax.json ends with a checksum, be it right or wrong."""
+    return _CHECKSUM.search(text) is not None
+
+
 def _put_checksum(text: bytes, checksum: str) -> bytes:
     """The text with its last checksum replaced: the own one, which is written at the end."""
     places = list(_CHECKSUM.finditer(text))
@@ -106,7 +124,7 @@ def _put_checksum(text: bytes, checksum: str) -> bytes:
 def check_files(
     directory: Path, manifest_sum: Mapping[str, Any], inside: str | None = None, share: tuple[int, int] = (0, 1)
 ) -> dict[str, FileSum]:
-    """Raises UserError, naming the file, unless the files of `directory` are those of its manifest, byte by byte.
+    """Raises DamagedCheckpoint, naming the file, unless the files of `directory` are those of its manifest, byte by byte.
 
     Names and sizes are compared for all of them; contents are read for those below the folder `inside` (None: all) and at the top.
     `share` (i, n) reads every n-th of them, from the i-th on: n processes that start together divide the work. `manifest_sum` is what
@@ -117,22 +135,21 @@ def check_files(
     extra = sorted(name for name in found - expected.keys() if not name.startswith("."))
     missing = sorted(expected.keys() - found)
     if missing:
-        raise UserError(f"{directory / missing[0]} is missing{_others(missing)}; the checkpoint is incomplete, use another copy")
+        raise DamagedCheckpoint(directory / missing[0], f"is missing{_others(missing)}")
     if extra:
-        raise UserError(f"{directory / extra[0]} is not in the checkpoint's {MANIFEST}{_others(extra)}; take it out of the directory")
+        raise DamagedCheckpoint(directory / extra[0], f"is not in the checkpoint's {MANIFEST}{_others(extra)}: take it out")
     for name, entry in expected.items():
         size = (directory / name).stat().st_size
         if size != entry.bytes:
             what = "truncated" if size < entry.bytes else "damaged"
-            said = f"it holds {size:,} bytes, {MANIFEST} says {entry.bytes:,}"
-            raise UserError(f"{directory / name} is {what}: {said}; use another copy of the checkpoint")
+            raise DamagedCheckpoint(directory / name, f"is {what}: it holds {size:,} bytes, {MANIFEST} says {entry.bytes:,}")
     names = [name for name in expected if inside is None or "/" not in name or name.startswith(f"{inside}/")]
     check_sums(directory, {name: expected[name] for name in names[share[0] :: share[1]]})
     return expected
 
 
 def check_sums(directory: Path, expected: Mapping[str, FileSum]) -> None:
-    """Reads these files, several at a time. Raises UserError, naming the first that is not as expected."""
+    """Reads these files, several at a time. Raises DamagedCheckpoint, naming the first that is not as expected."""
     _in_parallel(lambda name: _check_sum(directory / name, expected[name]), expected)
 
 
@@ -140,11 +157,9 @@ def _check_sum(path: Path, expected: FileSum) -> None:
     try:
         found = sum_file(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); use another copy of the checkpoint") from error
+        raise DamagedCheckpoint(path, f"cannot be read ({error.strerror})") from error
     if found != expected:
-        raise UserError(
-            f"{path} is damaged: its checksum is {found.crc32}, {MANIFEST} says {expected.crc32}; use another copy of the checkpoint"
-        )
+        raise DamagedCheckpoint(path, f"is damaged: its checksum is {found.crc32}, {MANIFEST} says {expected.crc32}")
 
 
 def _in_parallel(function: Callable[[str], None], names: Iterable[str]) -> None:
@@ -159,11 +174,14 @@ def _in_parallel(function: Callable[[str], None], names: Iterable[str]) -> None:
 
 def _read_manifest(directory: Path, manifest_sum: Mapping[str, Any]) -> dict[str, FileSum]:
     path = directory / MANIFEST
-    if not path.exists():
-        raise UserError(f"{path} is missing; the checkpoint is incomplete, use another copy")
-    text = path.read_bytes()
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedCheckpoint(path, "is missing") from None
+    except OSError as error:
+        raise DamagedCheckpoint(path, f"cannot be read ({error.strerror})") from error
     if vars(sum_bytes(text)) != manifest_sum:
-        raise UserError(f"{path} is damaged: it is not the one that {METADATA} names; use another copy of the checkpoint")
+        raise DamagedCheckpoint(path, f"is damaged: it is not the one that {METADATA} names")
     values = json.loads(text)
     return {name: FileSum(entry["bytes"], entry["crc32"]) for name, entry in values["files"].items()}
 

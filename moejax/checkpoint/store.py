@@ -12,9 +12,10 @@ a run lie in <run>/checkpoints/<step, 8 digits>/.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.checkpoint.arrays import describe_arrays, first_device, restore_arrays, save_arrays
-from moejax.checkpoint.atomic import remove_directory, write_directory
-from moejax.checkpoint.manifest import METADATA, check_files, read_sealed, write_manifest
+from moejax.checkpoint.arrays import begin_arrays, describe_arrays, first_device, restore_arrays
+from moejax.checkpoint.atomic import remove_directory
+from moejax.checkpoint.manifest import METADATA, DamagedCheckpoint, check_files, holds_checksum, read_sealed, write_manifest
+from moejax.checkpoint.processes import write_together
 from moejax.config import ModelConfig, UserError, model_from_json, to_json
-from moejax.families.layout import abstract_parameters, flatten_leaves, insert_leaf
+from moejax.families.layout import ROUTER_BIAS, abstract_parameters, flatten_leaves, insert_leaf
 
 FORMAT = 1
 PARAMS = "params"
 OPTIMIZER = "optimizer"
 STEPS = "checkpoints"
+SET_ASIDE = "damaged-"
 
 
 @dataclass(frozen=True)
 class Metadata:
     """What moejax.json says of a checkpoint.
 
-    `run` is the run's configuration as `moejax.config.to_json` wrote it; `source` what a converted one was made from: name, layout,
+    `run` is the run's configuration as `moejax.config.to_json` wrote it; `rows_read` the number of rows that it has trained on, `random`
+    the seed and the step that any random key of it is folded from. `source` is what a converted one was made from: name, layout,
     and files with their sizes and SHA-256. `manifest` is the size and checksum of manifest.json.
     """
 
@@ -47,37 +51,58 @@ class Metadata:
     run: dict[str, Any] | None
     source: dict[str, Any] | None
     manifest: dict[str, Any]
+    rows_read: int | None = None
+    random: dict[str, int] | None = None
 
 
-def save(
+def save(directory: str | Path, params: Mapping[str, Any], config: ModelConfig, **what: Any) -> None:
+    """Writes a checkpoint and returns when it is on the disk. Arguments and errors are those of `begin_save`."""
+    begin_save(directory, params, config, **what)()
+
+
+def begin_save(
     directory: str | Path,
     params: Mapping[str, Any],
     config: ModelConfig,
     *,
     optimizer: Any = None,
     step: int | None = None,
+    rows_read: int | None = None,
+    random: dict[str, int] | None = None,
     run: dict[str, Any] | None = None,
     write_extra: Callable[[Path], None] | None = None,
     overwrite: bool = False,
-) -> None:
-    """Writes a checkpoint and returns when it is on the disk; `directory` is complete or as it was, whatever happens.
+) -> Callable[[], None]:
+    """Begins to write a checkpoint, and returns a function that must be called, in any thread, and returns when it is on the disk.
 
-    `params` is the stacked tree (numpy or jax arrays, sharded or not); `optimizer` any tree of arrays; `write_extra` is called with
-    the directory being written and adds files to it. Raises UserError for an existing `directory` (unless `overwrite`), for a
-    tree that is not that of `config`, and for a disk without room.
+    `directory` is complete or as it was, whatever happens; jax arrays may be donated as soon as this returns. `params` is the stacked
+    tree (numpy or jax arrays, sharded or not); `optimizer` any tree of arrays; `write_extra` is called, by the returned function, with
+    the directory being written and adds files to it. Where there are several processes, all of them call this and what it returns: each
+    writes its shards, the first one all else.
+
+    Raises UserError for an existing `directory` (unless `overwrite`), for a tree that is not that of `config`, and for a disk without
+    room; the returned function raises it where the disk fills while writing.
     """
     directory = Path(directory).absolute()
     refuse_existing(directory, overwrite)
     _check_tree(directory, dict(params), config)
     optimizer_leaves = {} if optimizer is None else _name_leaves(optimizer)
     needed = _count_bytes(params) + _count_bytes(optimizer_leaves) + 1_000_000
-    with write_directory(directory, needed) as temporary:
-        save_arrays(temporary / PARAMS, dict(params))
-        if optimizer_leaves:
-            save_arrays(temporary / OPTIMIZER, optimizer_leaves)
-        if write_extra is not None:
-            write_extra(temporary)
-        write_manifest(temporary, describe_checkpoint(config, step=step, run=run))
+    with contextlib.ExitStack() as opened:
+        temporary = opened.enter_context(write_together(directory, needed))
+        trees = {temporary / PARAMS: dict(params)} | ({temporary / OPTIMIZER: optimizer_leaves} if optimizer_leaves else {})
+        wait = begin_arrays(trees)
+        rest = opened.pop_all()
+
+    def finish() -> None:
+        with rest:
+            wait()
+            if jax.process_index() == 0:
+                if write_extra is not None:
+                    write_extra(temporary)
+                write_manifest(temporary, describe_checkpoint(config, step=step, rows_read=rows_read, random=random, run=run))
+
+    return finish
 
 
 def refuse_existing(directory: Path, overwrite: bool) -> None:
@@ -89,32 +114,44 @@ def refuse_existing(directory: Path, overwrite: bool) -> None:
 
 
 def describe_checkpoint(
-    config: ModelConfig, *, step: int | None = None, run: dict[str, Any] | None = None, source: dict[str, Any] | None = None
+    config: ModelConfig,
+    *,
+    step: int | None = None,
+    rows_read: int | None = None,
+    random: dict[str, int] | None = None,
+    run: dict[str, Any] | None = None,
+    source: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The values of a moejax.json, but for its checksums."""
-    return {"format": FORMAT, "family": config.family, "model": to_json(config), "step": step, "run": run, "source": source}
+    position = {"step": step, "rows_read": rows_read, "random": random}
+    return {"format": FORMAT, "family": config.family, "model": to_json(config), **position, "run": run, "source": source}
 
 
 def read_metadata(directory: str | Path) -> Metadata:
-    """What `directory`/moejax.json says. Raises UserError where it is missing, damaged, or of a newer version."""
+    """What `directory`/moejax.json says. Raises DamagedCheckpoint where it is missing or damaged, UserError where it is newer than this."""
     path = Path(directory) / METADATA
     try:
-        version = json.loads(path.read_bytes())["format"]
+        text = path.read_bytes()
+        version = json.loads(text)["format"]
+        if version == FORMAT or holds_checksum(text):
+            values = read_sealed(path)  # first: a flipped bit may have made another version of it
         if version == FORMAT:
-            values = read_sealed(path)
             config = model_from_json(values["model"], str(path))
-            return Metadata(config, values["step"], values["run"], values["source"], values["manifest"])
+            position = values.get("rows_read"), values.get("random")  # younger than some checkpoints
+            return Metadata(config, values["step"], values["run"], values["source"], values["manifest"], *position)
     except FileNotFoundError:
-        raise UserError(f"{directory} is no checkpoint of moejax: it has no {METADATA}") from None
+        raise DamagedCheckpoint(Path(directory), f"has no {METADATA}: it is no checkpoint of moejax, or not a complete one") from None
+    except OSError as error:
+        raise DamagedCheckpoint(path, f"cannot be read ({error.strerror})") from error
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); use another checkpoint") from error
+        raise DamagedCheckpoint(path, f"is damaged ({type(error).__name__}: {error})") from error
     raise UserError(f"{path} is of format {version!r}, this version of moejax reads {FORMAT}; update moejax")
 
 
 def verify(directory: str | Path, inside: str | None = None) -> None:
-    """Raises UserError, naming the file, unless the checkpoint is as it was written; reads all of it, or the folder `inside`.
+    """Raises DamagedCheckpoint, naming the file, unless the checkpoint is as it was written; reads all of it, or the folder `inside`.
 
     Where several processes read one checkpoint, each reads its share; each raises for its own share.
     """
@@ -125,7 +162,7 @@ def verify(directory: str | Path, inside: str | None = None) -> None:
 def restore_params(
     directory: str | Path, config: ModelConfig, dtype: str | None = None, sharding: Any = None, *, verify: bool = True
 ) -> dict[str, Any]:
-    """The parameter tree of a checkpoint, as jax arrays, in `dtype` or (None) as saved.
+    """The parameter tree of a checkpoint, as jax arrays, in `dtype` (the biases of routers always in float32) or (None) as saved.
 
     `sharding` is one jax.sharding.Sharding for all leaves or a tree of them, and each leaf is read straight into it, by each process
     its own parts; None puts everything on the first local device. `verify` compares the files with their checksums first, which
@@ -141,7 +178,8 @@ def restore_params(
 
     def describe(name: tuple[str, ...]) -> jax.ShapeDtypeStruct:
         shape, stored_dtype = stored[name]
-        return jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype) if dtype else stored_dtype, sharding=shardings[name])
+        wanted = stored_dtype if dtype is None or "/".join(name).endswith(ROUTER_BIAS) else jax.numpy.dtype(dtype)
+        return jax.ShapeDtypeStruct(shape, wanted, sharding=shardings[name])
 
     return restore_arrays(path, _nest({name: describe(name) for name in expected}))
 
@@ -182,12 +220,12 @@ def step_directory(run_directory: str | Path, step: int) -> Path:
     return Path(run_directory) / STEPS / f"{step:08d}"
 
 
-def list_steps(run_directory: str | Path) -> list[Path]:
+def list_steps(run_directory: str | Path, *, also_incomplete: bool = False) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     folder = Path(run_directory) / STEPS
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"\d{8,}", path.name) and (path / METADATA).exists()]
+    found = [path for path in folder.iterdir() if re.fullmatch(r"\d{8,}", path.name) and (also_incomplete or (path / METADATA).exists())]
     return sorted(found, key=lambda path: int(path.name))
 
 
@@ -196,15 +234,37 @@ def latest_step(run_directory: str | Path) -> Path | None:
     return next(reversed(list_steps(run_directory)), None)
 
 
-def prune(run_directory: str | Path, keep: int) -> None:
-    """Removes all but the `keep` newest complete checkpoints of a run."""
+def latest_metadata(run_directory: str | Path) -> Metadata | None:
+    """What the newest checkpoint of a run says that says it undamaged; None where there is none. Arrays are not looked at."""
+    for path in reversed(list_steps(run_directory)):
+        with contextlib.suppress(DamagedCheckpoint):
+            return read_metadata(path)
+    return None
+
+
+def prune(run_directory: str | Path, keep: int, keep_every: int = 0) -> None:
+    """Removes the complete checkpoints of a run but for the `keep` newest, and those of steps that are multiples of `keep_every`."""
     for path in list_steps(run_directory)[: -keep or None]:
+        if not keep_every or int(path.name) % keep_every:
+            remove_directory(path)
+
+
+def list_set_aside(run_directory: str | Path) -> list[Path]:
+    """The damaged checkpoints that were moved out of the way; they count as none."""
+    return sorted((Path(run_directory) / STEPS).glob(f"{SET_ASIDE}*"))
+
+
+def set_aside(checkpoints: Sequence[Path]) -> None:
+    """Moves damaged checkpoints of one run out of the way, in the place of any that were moved before, so that others may take theirs."""
+    for path in list_set_aside(checkpoints[0].parent.parent):
         remove_directory(path)
+    for path in checkpoints:
+        path.rename(path.with_name(SET_ASIDE + path.name))
 
 
 def _verify_folder(path: Path, wanted: bool) -> None:
     if not path.is_dir():
-        raise UserError(f"{path.parent} has no {path.name}/ with the saved arrays; the checkpoint is incomplete, use another one")
+        raise DamagedCheckpoint(path.parent, f"has no {path.name}/ with the saved arrays")
     if wanted:
         verify(path.parent, path.name)
 

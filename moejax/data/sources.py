@@ -1,44 +1,194 @@
-"""Named sources of text: from a data domain of the configuration to whole documents, in an order fixed by the seed.
+"""Where a domain's text lies: its files, or a builtin source; and its documents, in an order fixed by their names and the seed.
 
-`prose` and `code` read what every machine that runs this project already has: the standard library and the packages the
-project depends on. They are read in place, so nothing is downloaded and nothing of theirs is copied into the project.
-`sql` is synthetic (`moejax.data.sql`). `files` reads the user's own text. A new source is one function and one line in `SOURCES`.
+`builtin:prose` and `builtin:code` read what every machine that runs this project already has: the standard library and the
+packages the project depends on. They are read in place, so nothing is downloaded and nothing of theirs is copied into the
+project. `builtin:sql` is synthetic (`moejax.data.sql`). A new builtin source is one function and one line in `BUILTIN`.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import importlib.metadata
 import json
 import os
+import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moejax.config import Domain, UserError
-from moejax.data import python_text, sql
+from moejax.data import hub_text, python_text, sql
+from moejax.data.documents import Document, Reading, cut_bytes, stable_key
+from moejax.data.formats import KNOWN_FILES, find_format, read_file
 
 PROSE_PACKAGES = ("jax", "flax", "optax", "orbax", "grain", "numpy")
-FILE_SUFFIXES = (".txt", ".md", ".py", ".sql", ".rst", ".jsonl")
+DEFAULT_MEGABYTES = 8.0  # of builtin text, which may have no end, where nothing else is said
+_BUILTIN_VERSION = 1  # of what the builtin sources make of the same packages
+_DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}  # where a package's name is not its distribution's
 
 
 @dataclass(frozen=True)
-class Document:
-    """One whole text (a module, a file, a line of a JSONL file); `name` is unique in its domain and stable between runs."""
+class SourceFile:
+    """A file of a domain: its name there, its format, its bytes, what changes with its content, and how to get it."""
 
     name: str
-    text: str
+    text_format: str
+    size: int
+    stamp: str
+    locate: Callable[[], Path]
 
 
-def stable_key(name: str, seed: int) -> int:
-    """A 64-bit number that depends on the name and the seed alone: the same on every machine and in every process."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(errors="surrogateescape"), digest_size=8).digest(), "big")
+def list_files(domain: Domain) -> list[SourceFile]:
+    """The files that a domain's path names: one file, those under a directory (hidden ones left out), those of a pattern or a data set.
+
+    A file that is named alone, or by a pattern with a format, is read whatever its name. Raises UserError where the path names nothing.
+    """
+    if domain.path.startswith(hub_text.PREFIX):
+        return _list_hub(domain)
+    root = Path(domain.path).expanduser()
+    if root.is_dir():
+        return sorted(_walk(domain, root, root), key=lambda file: file.name)
+    if root.exists():
+        text_format = domain.format if domain.format != "auto" else find_format(root.name) or "text"
+        return [_source_file(root.name, root, text_format)]
+    if glob.has_magic(domain.path):
+        return _list_pattern(domain, root)
+    raise UserError(
+        f"data path {str(root)!r} does not exist; expected a file, a directory with {KNOWN_FILES}, a pattern with '*', or "
+        "hf://datasets/OWNER/NAME"
+    )
+
+
+def _list_hub(domain: Domain) -> list[SourceFile]:
+    repository, commit, files = hub_text.list_hub_files(domain.path)
+    found = []
+    for file in files:
+        text_format = _choose_format(domain, file.name)
+        if text_format is not None and not any(part.startswith(".") for part in Path(file.name).parts):
+            found.append(
+                SourceFile(
+                    file.name, text_format, file.size, file.content,
+                    lambda name=file.name: hub_text.fetch_hub_file(repository, commit, name),
+                )
+            )  # fmt: skip
+    return found
+
+
+def _list_pattern(domain: Domain, root: Path) -> list[SourceFile]:
+    parts = root.parts
+    base = Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
+    matches = sorted(glob.glob(str(root), recursive=True))
+    if not matches:
+        raise UserError(f"data path {domain.path!r} matches no file; check the pattern ('**' is any number of directories)")
+    found: dict[str, SourceFile] = {}
+    for match in map(Path, matches):
+        if match.is_dir():
+            files = _walk(domain, match, base)
+        else:
+            name = match.relative_to(base).as_posix()
+            text_format = find_format(name) if domain.format == "auto" else domain.format
+            files = [] if text_format is None else [_source_file(name, match, text_format)]
+        found |= {file.name: file for file in files}
+    return list(found.values())
+
+
+def _walk(domain: Domain, folder: Path, base: Path) -> list[SourceFile]:
+    found = []
+    for place, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            path, text_format = Path(place, name), _choose_format(domain, name)
+            if text_format is not None and not name.startswith(".") and path.is_file():
+                found.append(_source_file(path.relative_to(base).as_posix(), path, text_format))
+    return found
+
+
+def _choose_format(domain: Domain, name: str) -> str | None:
+    """How a file among others is read; None: it is left out."""
+    found = find_format(name)
+    return found if domain.format in ("auto", found) else None
+
+
+def _source_file(name: str, path: Path, text_format: str) -> SourceFile:
+    status = path.stat()
+    return SourceFile(name, text_format, status.st_size, str(status.st_mtime_ns), lambda: path)
+
+
+def describe_source(domain: Domain) -> dict[str, Any]:
+    """What changes when a domain's text does, as JSON: names, sizes and times of its files; versions of the packages it is read from.
+
+    Raises UserError as `list_files` does.
+    """
+    if domain.builtin == "sql":
+        return {"text": _BUILTIN_VERSION, "sqlite": sqlite3.sqlite_version, "python": sys.version}
+    if domain.builtin is not None:
+        packages = PROSE_PACKAGES if domain.builtin == "prose" else ()
+        return {"text": _BUILTIN_VERSION, "python": sys.version, "packages": {package: _version(package) for package in packages}}
+    files = list_files(domain)
+    listing = [(file.name, file.text_format, file.size, file.stamp) for file in files]
+    place = domain.path if domain.path.startswith(hub_text.PREFIX) else str(Path(domain.path).expanduser().resolve())
+    return {
+        "place": place,
+        "files": len(files),
+        "bytes": sum(file.size for file in files),
+        "listing": hashlib.sha256(json.dumps(listing).encode(errors="surrogateescape")).hexdigest(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(_DISTRIBUTIONS.get(package, package))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_documents(domain: Domain, max_bytes: int, seed: int, reading: Reading | None = None) -> Iterator[Document]:
+    """The documents of a domain one by one, at most `max_bytes` UTF-8 bytes of them, in an order fixed by their names and the seed.
+
+    Empty documents are left out, and counted in `reading`; the document that crosses the limit is cut at a line boundary.
+    Raises UserError for text that cannot be read, unless `reading` says to leave such out, and where there is no text at all.
+    """
+    reading = Reading() if reading is None else reading
+    left, found = max_bytes, False
+    source = BUILTIN[domain.builtin](seed, reading) if domain.builtin is not None else _read_files(domain, seed, reading)
+    if domain.builtin is not None:
+        reading.total = max_bytes
+    for document in source:
+        data = document.text.encode()
+        if len(data) > left:
+            document = Document(document.name, cut_bytes(data, left).decode())
+            left = 0
+        else:
+            left -= len(data)
+        if document.text.strip():
+            found = True
+            yield document
+        else:
+            reading.empty += 1
+        if domain.builtin is not None:
+            reading.consumed = max_bytes - left
+        if left <= 0:
+            break
+    if not found:
+        raise UserError(_no_text(domain, max_bytes, reading))
+
+
+def _read_files(domain: Domain, seed: int, reading: Reading) -> Iterator[Document]:
+    files = sorted(list_files(domain), key=lambda file: (stable_key(file.name, seed), file.name))
+    reading.total = sum(file.size for file in files)
+    for file in files:
+        yield from read_file(file.locate(), file.name, file.text_format, domain.text_field, reading)
+        reading.finish_file(file.size)
 
 
 def _shuffled(names: dict[str, Path], seed: int) -> list[tuple[str, Path]]:
     return sorted(names.items(), key=lambda item: (stable_key(item[0], seed), item[0]))
 
 
-def _read_prose(domain: Domain, seed: int, max_bytes: int) -> Iterator[Document]:
+def _read_prose(seed: int, reading: Reading) -> Iterator[Document]:
     modules = python_text.standard_library_modules()
     for package in PROSE_PACKAGES:
         modules |= python_text.package_modules(package)
@@ -48,183 +198,31 @@ def _read_prose(domain: Domain, seed: int, max_bytes: int) -> Iterator[Document]
             yield Document(part, text)
 
 
-def _read_code(domain: Domain, seed: int, max_bytes: int) -> Iterator[Document]:
+def _read_code(seed: int, reading: Reading) -> Iterator[Document]:
     for name, path in _shuffled(python_text.standard_library_modules(), seed):
         text = python_text.read_code(path)
         if text:
             yield Document(name, text)
 
 
-def _read_sql(domain: Domain, seed: int, max_bytes: int) -> Iterator[Document]:
+def _read_sql(seed: int, reading: Reading) -> Iterator[Document]:
     index = 0
     while True:
         yield Document(f"sql-{index:06d}", sql.generate_document(seed, index))
         index += 1
 
 
-def _read_files(domain: Domain, seed: int, max_bytes: int) -> Iterator[Document]:
-    root = Path(domain.path).expanduser()
-    if not root.exists():
-        suffixes = ", ".join(FILE_SUFFIXES)
-        raise UserError(f"data path {str(root)!r} does not exist; expected a text file, or a directory with {suffixes} files")
-    for name, path in _shuffled(_find_files(root), seed):
-        yield from _read_file(name, path, max_bytes)
+BUILTIN: dict[str, Callable[[int, Reading], Iterator[Document]]] = {"prose": _read_prose, "code": _read_code, "sql": _read_sql}
 
 
-def _find_files(root: Path) -> dict[str, Path]:
-    """Name -> file: the file itself, or the text files under a directory, hidden directories left out."""
-    if not root.is_dir():
-        return {root.name: root}
-    found = {}
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for file in files:
-            path = Path(folder, file)
-            if path.suffix.lower() in FILE_SUFFIXES and path.is_file():
-                found[path.relative_to(root).as_posix()] = path
-    return found
-
-
-def describe_files(domain: Domain) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of the last change) of the user's files in a domain: what tells that they are no longer what was read."""
-    if domain.builtin is not None:
-        return []
-    files = sorted(_find_files(Path(domain.path).expanduser()).items())
-    return [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files if path.exists()]
-
-
-def _read_file(name: str, path: Path, max_bytes: int) -> Iterator[Document]:
-    """The documents of one file: the file, or every line of a JSONL file. At most about max_bytes are read from the disk."""
-    if path.suffix.lower() == ".jsonl":
-        yield from _read_json_lines(name, path)
-        return
-    try:
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}; fix its permissions or leave it out of the data path") from error
-    if len(data) > max_bytes:
-        data = cut_bytes(data, max_bytes)
-    yield Document(name, _decode(data, path).replace("\r\n", "\n"))
-
-
-def _read_json_lines(name: str, path: Path) -> Iterator[Document]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{str(path)!r} line {number}"
-            text = _decode(line, path)
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f'{where} is not JSON ({error.msg}); expected one object a line, like {{"text": "..."}}') from error
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                got = f"the fields {', '.join(map(repr, record)) or 'none'}" if isinstance(record, dict) else f"a {type(record).__name__}"
-                raise UserError(f"{where} has no text: got {got}; expected an object with a string in the field 'text'")
-            try:
-                record["text"].encode()
-            except UnicodeEncodeError as error:
-                raise UserError(
-                    f"{where} has half a surrogate pair in its text, which is no character; write the character itself"
-                ) from error
-            yield Document(f"{name}:{number}", record["text"])
-
-
-def _decode(data: bytes, path: Path) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{str(path)!r} is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); "
-            "convert it to UTF-8 or leave it out of the data path"
-        ) from error
-
-
-SOURCES: dict[str, Callable[[Domain, int, int], Iterator[Document]]] = {
-    "prose": _read_prose,
-    "code": _read_code,
-    "sql": _read_sql,
-    "files": _read_files,
-}
-DEFAULT_MEGABYTES = 8.0  # of builtin text, which may have no end, where nothing else is said
-
-
-def read_documents(domain: Domain, max_bytes: int, seed: int) -> list[Document]:
-    """The documents of a domain, at most `max_bytes` UTF-8 bytes of them, in an order fixed by their names and the seed.
-
-    Empty documents are left out; the document that crosses the limit is cut at a line boundary.
-    Raises UserError for text that cannot be read, and where there is no text at all.
-    """
-    documents: list[Document] = []
-    left = max_bytes
-    for document in SOURCES[domain.builtin or "files"](domain, seed, max_bytes):
-        data = document.text.encode()
-        if len(data) > left:
-            document = Document(document.name, cut_bytes(data, left).decode())
-            left = 0
-        else:
-            left -= len(data)
-        if document.text.strip():
-            documents.append(document)
-        if left <= 0:
-            break
-    if not documents:
-        raise UserError(_no_text(domain, max_bytes))
-    return documents
-
-
-def cut_bytes(data: bytes, size: int) -> bytes:
-    """At most `size` bytes of UTF-8 data, up to the end of a line where there is one, else up to the end of a character."""
-    newline = data.rfind(b"\n", 0, size)
-    if newline >= 0:
-        return data[: newline + 1]
-    while size > 0 and data[size] & 0xC0 == 0x80:
-        size -= 1
-    return data[:size]
-
-
-def _no_text(domain: Domain, max_bytes: int) -> str:
+def _no_text(domain: Domain, max_bytes: int, reading: Reading) -> str:
     found = f"no text found for data domain {domain.name!r}: looked for "
     if domain.builtin is None:
-        return (
-            f"{found}{', '.join(FILE_SUFFIXES)} files with text in them in {domain.path!r}; "
-            "point --data.path at a text file or at a directory with some"
-        )
+        bad = f" ({reading.bad:,} left out as bad, the first: {reading.first_bad})" if reading.bad else ""
+        wanted = KNOWN_FILES if domain.format == "auto" else f"files of format {domain.format}"
+        return f"{found}{wanted} with text in them in {domain.path!r}{bad}; point --data.path at a text file or at a directory with some"
     places = "the standard library" + (f" and the packages {', '.join(PROSE_PACKAGES)}" if domain.builtin == "prose" else "")
     return (
         f"{found}Python source of {places} under {python_text.standard_library_root()!r} (limit {max_bytes} bytes); "
         "where Python is installed without sources, set --data.path to your own text"
     )
-
-
-def split_documents(documents: list[Document], held_out_fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """Whole documents into (train, held_out), chosen by a stable hash of their names until the share of the text is reached.
-
-    Documents are taken in the order of their hashes; one that is larger than what is left of the share is passed over.
-    Neither side is empty: where every document is larger than the share, the smallest is held out. A single document is
-    cut at a line boundary instead (inside the line, if it has one line only), and its last part, at least a line, is held out.
-    """
-    if len(documents) == 1:
-        return _split_lines(documents[0], held_out_fraction)
-    sizes = [len(document.text) for document in documents]
-    left = held_out_fraction * sum(sizes)
-    order = sorted(range(len(documents)), key=lambda i: (stable_key(documents[i].name, seed + 1), i))
-    held: set[int] = set()
-    for index in order:
-        if sizes[index] <= left and len(held) < len(documents) - 1:
-            held.add(index)
-            left -= sizes[index]
-    if not held:
-        held.add(min(order, key=lambda i: sizes[i]))
-    train = [document for index, document in enumerate(documents) if index not in held]
-    return train, [documents[index] for index in sorted(held)]
-
-
-def _split_lines(document: Document, held_out_fraction: float) -> tuple[list[Document], list[Document]]:
-    text = document.text
-    if len(text) < 2:
-        raise UserError(f"the only document, {document.name!r}, is too short to hold a part of it out; add text to the data path")
-    wanted = min(max(int(len(text) * (1 - held_out_fraction)), 1), len(text) - 1)
-    cut = text.rfind("\n", 0, wanted) + 1 or text.find("\n", wanted, len(text) - 1) + 1 or wanted
-    return [Document(document.name, text[:cut])], [Document(f"{document.name} (end)", text[cut:])]

@@ -110,7 +110,7 @@ class SentencePieceTokenizer:
 
     def _spell_out(self, ids: list[int]) -> list[int]:
         """The ids with pieces whose id was made a control id (as Arctic's BOS and EOS are) spelled by their bytes: text opens no turn."""
-        if not any(id in self._redefined for id in ids):
+        if not self._redefined or not any(id in self._redefined for id in ids):
             return ids
         return [part for id in ids for part in (self._byte_pieces(self._redefined[id]) if id in self._redefined else (id,))]
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from moejax.config import ModelConfig
-from moejax.families.layout import EXPERT_LEAVES, Shape, block_leaves, outer_leaves
+from moejax.families.layout import EXPERT_LEAVES, ROUTER_BIAS, Shape, block_leaves, outer_leaves
 
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -17,7 +17,7 @@ class KindCount:
 
     total: int
     active: int  # parameters one token meets: of the experts, only the experts_per_token it is sent to
-    bytes: int  # of `total`, stored as config.param_dtype
+    bytes: int  # of `total`, stored as config.param_dtype (the biases of routers as float32)
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ def count_parameters(config: ModelConfig) -> Counts:
     """
     totals: dict[str, int] = defaultdict(int)
     active: dict[str, int] = defaultdict(int)
+    stored: dict[str, int] = defaultdict(int)
 
     def add(leaf: str, shape: Shape) -> None:
         size = 1
@@ -44,6 +45,7 @@ def count_parameters(config: ModelConfig) -> Counts:
             size *= length
         kind = _kind_of(leaf)
         totals[kind] += size
+        stored[kind] += size * BYTES_PER_PARAMETER["float32" if leaf == ROUTER_BIAS else config.param_dtype]
         active[kind] += size // config.num_experts * config.experts_per_token if leaf in EXPERT_LEAVES else size
 
     for leaf, shape in outer_leaves(config).items():
@@ -52,11 +54,9 @@ def count_parameters(config: ModelConfig) -> Counts:
         for leaf, shape in block_leaves(config, layer).items():
             add(leaf, shape)
 
-    width = BYTES_PER_PARAMETER[config.param_dtype]
     order = ("embedding", "attention", "router", "experts", "residual_mlp", "dense_mlp", "norms", "head")
-    by_kind = {kind: KindCount(totals[kind], active[kind], totals[kind] * width) for kind in order if kind in totals}
-    total = sum(totals.values())
-    return Counts(total, sum(active.values()), total * width, by_kind)
+    by_kind = {kind: KindCount(totals[kind], active[kind], stored[kind]) for kind in order if kind in totals}
+    return Counts(sum(totals.values()), sum(active.values()), sum(stored.values()), by_kind)
 
 
 def _kind_of(leaf: str) -> str:

@@ -157,6 +157,11 @@ def check_expressible(config: ModelConfig, read_back: ModelConfig, file: str = "
 
     The published format of a family cannot say everything a ModelConfig can (a Mixtral with a dense MLP beside its experts).
     """
+    if config.router_bias:
+        raise UserError(
+            f"model.router_bias=True cannot be written as a {config.family} {file}: published formats have no place for the experts' "
+            "biases, and without them tokens would go to other experts; keep the model as a checkpoint of moejax"
+        )
     for name in (name for name in WIRING_FIELDS if name not in unsaid):
         ours, theirs = getattr(config, name), getattr(read_back, name)
         if ours != theirs:

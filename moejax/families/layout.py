@@ -17,11 +17,12 @@ from moejax.model import transformer
 Shape = tuple[int, ...]
 Path = tuple[str, ...]
 
+ROUTER_BIAS = "moe/router/bias"  # there with config.router_bias; float32, whatever config.param_dtype says
 EXPERT_LEAVES = ("moe/gate/kernel", "moe/up/kernel", "moe/down/kernel")
 
 
 def abstract_parameters(config: ModelConfig) -> dict[str, Any]:
-    """The whole tree as nested dicts of jax.ShapeDtypeStruct, of dtype config.param_dtype; nothing is allocated.
+    """The whole tree as nested dicts of jax.ShapeDtypeStruct, of dtype config.param_dtype (but for ROUTER_BIAS); nothing is allocated.
 
     Always the stacked tree, which is the one on disk, whatever config.scan_layers says.
     """

@@ -1,4 +1,4 @@
-"""The modules that own weights. Projection and ExpertKernel are the only readers of matmul weights."""
+"""The modules that own weights. Projection, Router and ExpertKernel are the only readers of matmul weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +47,26 @@ class ExpertKernel(nn.Module):
     def __call__(self) -> Float[Array, "E outside inside"]:
         kernel = self.param("kernel", _normal(self.config, self.axes), self.shape, jnp.dtype(self.config.param_dtype))
         return kernel.astype(self.config.dtype)
+
+
+class Router(nn.Module):
+    """Logits of the experts for every row, in the type of x; and their `bias`, None unless config.router_bias.
+
+    The bias is float32 in a model of any type: it moves by steps of a thousandth, which bfloat16 would round away.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "M D"]) -> tuple[Float[Array, "M E"], Float[Array, "E"] | None]:
+        config, experts = self.config, self.config.num_experts
+        shape = (experts, config.hidden_size)
+        kernel = self.param("kernel", _normal(config, (None, "embed")), shape, jnp.dtype(config.param_dtype))
+        bias = None
+        if config.router_bias:
+            zeros: Any = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,))
+            bias = self.param("bias", zeros, (experts,), jnp.float32)
+        return project(x, kernel.astype(x.dtype)), bias
 
 
 class RMSNorm(nn.Module):

@@ -1,39 +1,18 @@
-"""The mixture-of-experts layer: router, experts, and how tokens reach them, on one device or on a mesh.
-
-`ModelConfig.dispatch` names the way. On one device, and where `mesh.expert` is 1, a device's rows meet all experts:
-    sorted    rows sorted by expert, one grouped matmul            dense     every expert on every row, the slow reference
-    capacity  slots of a fixed number per expert; DeepSpeed's gates; drops what finds none
-and where experts lie on several devices:
-    gather    every device gets all rows of its expert group       ragged    a row goes to the devices of its experts
-    capacity  as above, slots counted per device, buffers of one size exchanged
-auto is sorted, gather or ragged, whichever moves the fewest bytes. Only capacity, and ragged with a smaller buffer, can drop.
-"""
-
-import functools
-import sys
-from typing import Literal
+"""The mixture-of-experts layer: router, experts' weights, and `model.expert_dispatch` between them."""
 
 import flax.linen as nn
 import flax.struct
-import jax
-from jax import Array, lax
+from jax import Array
 from jax import numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
 
 from moejax.config import ModelConfig
-from moejax.model.layers import ExpertKernel, Projection
-from moejax.ops import expert_parallel
-from moejax.ops.capacity import assign_slots, choose_experts, expert_capacity, first_choice_loss
-from moejax.ops.dispatch import apply_experts
+from moejax.model.expert_dispatch import DOWN_AXES, GATE_AXES, TokenInputs, reach_experts
+from moejax.model.layers import ExpertKernel, Router
+from moejax.ops.capacity import first_choice_loss
 from moejax.ops.expert_mlp import ExpertWeights
-from moejax.ops.routing import RouterStatistics, Routing, route, router_statistics
-from moejax.sharding import axis_size, partition_spec
-
-FEW_ROWS = 8  # per device: moving them is then a matter of latency, and one gather is one message
-
-GATE_AXES = ("expert", "mlp", "embed")
-DOWN_AXES = ("expert", "embed", "mlp")
+from moejax.ops.routing import RouterStatistics, router_statistics
 
 
 @flax.struct.dataclass
@@ -48,19 +27,6 @@ class RouterOutputs:
     dropped: Int[Array, "*layers"]  # choices that found no room
 
 
-@flax.struct.dataclass
-class TokenInputs:
-    """What routing needs to know of the tokens; None where there is nothing to know.
-
-    counts: which tokens enter the router's averages. fill: rows that only fill up the mesh and meet no expert. noise: Gumbel noise for the
-    second choice, or, with one expert a token, the priority for slots; for dispatch capacity alone.
-    """
-
-    counts: Bool[Array, "B T"] | None = None
-    fill: Bool[Array, "B T"] | None = None
-    noise: Float[Array, "B T E"] | None = None
-
-
 class MoE(nn.Module):
     """Routes every token to its experts and sums their weighted outputs."""
 
@@ -71,132 +37,15 @@ class MoE(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], inputs: TokenInputs) -> tuple[Float[Array, "B T D"], RouterOutputs]:
         config, mesh = self.config, self.mesh
         size, width, experts = config.hidden_size, config.intermediate_size, config.num_experts
-        logits = Projection(config, (experts, size), (None, "embed"), name="router")(x.astype(jnp.float32))
+        logits, bias = Router(config, name="router")(x.astype(jnp.float32))
         weights = ExpertWeights(
             gate=ExpertKernel(config, (experts, width, size), GATE_AXES, name="gate")(),
             up=ExpertKernel(config, (experts, width, size), GATE_AXES, name="up")(),
             down=ExpertKernel(config, (experts, size, width), DOWN_AXES, name="down")(),
         )
-        run = functools.partial(run_experts, config, choose_dispatch(config, mesh, x.shape))
-        if mesh is None:
-            out, routing, dropped = run(None, x, logits, weights, inputs)
-        else:
-            out, routing, dropped = _on_mesh(run, mesh, x, logits, weights, inputs)
+        out, routing, dropped = reach_experts(config, mesh, x, logits, bias, weights, inputs)
         flat_logits, flat_experts = logits.reshape(-1, experts), routing.experts.reshape(-1, config.experts_per_token)
         counts = None if inputs.counts is None else inputs.counts.reshape(-1)
         statistics = router_statistics(flat_logits, flat_experts, counts)
         slot_loss = first_choice_loss(flat_logits, flat_experts, counts) if config.dispatch == "capacity" else jnp.zeros((), jnp.float32)
         return out, RouterOutputs(logits, routing.weights, routing.experts, statistics, slot_loss, dropped)
-
-
-def run_experts(
-    config: ModelConfig, kind: str, axis: str | None, x: Array, logits: Array, weights: ExpertWeights, inputs: TokenInputs
-) -> tuple[Array, Routing, Array]:
-    """(outputs [B, T, D], Routing [B, T, A], choices dropped) of the rows and the experts of one device; `axis` is that of the experts."""
-    per_token, shape = config.experts_per_token, x.shape
-    x, logits = x.reshape(-1, shape[-1]), logits.reshape(-1, config.num_experts)
-    dropped = jnp.zeros((), jnp.int32)
-    if kind == "capacity":
-        noise = None if inputs.noise is None else inputs.noise.reshape(-1, config.num_experts)
-        rows = x.shape[0]
-        capacity = expert_capacity(rows, config.num_experts, per_token, config.capacity_factor, config.min_capacity)
-        chosen = choose_experts(logits, per_token, noise if per_token > 1 else None)
-        chosen = _without(chosen, inputs.fill, config.num_experts)
-        slots = assign_slots(chosen, config.num_experts, capacity if config.drop_tokens else rows, noise)
-        routing = slots.routing
-        out, dropped = expert_parallel.apply_slots(x, slots, weights, axis)
-    else:
-        routing = route(logits, per_token, config.top_1_weight)
-        taken = _without(routing, inputs.fill, config.num_experts)
-        if kind == "replicated":
-            out = lax.psum(expert_parallel.apply_local(x, taken, weights, lax.axis_index(axis) * weights.gate.shape[0]), axis)
-        elif kind == "gather":
-            out, dropped = expert_parallel.apply_gathered(x, taken, weights, str(axis))
-        elif kind == "ragged":
-            out, dropped = expert_parallel.apply_ragged(x, taken, weights, str(axis), config.ragged_buffer_factor)
-        else:
-            out = apply_experts(x, routing, weights, "dense" if kind == "dense" else "sorted")
-    routing = Routing(*(part.reshape(*shape[:-1], per_token) for part in routing))
-    return out.reshape(shape), routing, dropped
-
-
-def _without(routing: Routing, fill: Array | None, num_experts: int) -> Routing:
-    """The routing with no expert for rows that only fill up the mesh."""
-    if fill is None:
-        return routing
-    return Routing(routing.weights, jnp.where(fill.reshape(-1, 1), num_experts, routing.experts))
-
-
-def _on_mesh(run, mesh: Mesh, x: Array, logits: Array, weights: ExpertWeights, inputs: TokenInputs):
-    """`run` on every device's own rows; the experts' weights arrive whole but for the experts and the width that lie elsewhere."""
-    tensor = mesh.shape["tensor"]
-    missing = -weights.gate.shape[1] % tensor
-    if missing:  # a width that does not divide: columns of zeros add nothing
-        weights = ExpertWeights(
-            *(jnp.pad(weight, ((0, 0), (0, missing), (0, 0))) for weight in weights[:2]),
-            jnp.pad(weights.down, ((0, 0), (0, 0), (0, missing))),
-        )
-    rows = partition_spec(("batch", "time", None), x.shape, mesh)
-    spread = tuple(axis for part in rows for axis in ((part,) if isinstance(part, str) else part or ()))
-    specs = ExpertWeights(
-        *(partition_spec(axes, weight.shape, mesh) for axes, weight in zip((GATE_AXES, GATE_AXES, DOWN_AXES), weights, strict=True))
-    )
-    expert_axis = "expert" if mesh.shape["expert"] > 1 else None
-
-    def body(x: Array, logits: Array, weights: ExpertWeights, inputs: TokenInputs):
-        gathered = ExpertWeights(*(_gather_embed(weight, spec) for weight, spec in zip(weights, specs, strict=True)))
-        out, routing, dropped = run(expert_axis, x, logits, gathered, inputs)
-        if tensor > 1:
-            out = lax.psum(out, "tensor")
-        return out, routing, lax.psum(dropped, spread) if spread else dropped
-
-    token = PartitionSpec(*rows[:2])
-    token_specs = TokenInputs(
-        *(None if part is None else (token if part.ndim == 2 else rows) for part in (inputs.counts, inputs.fill, inputs.noise))
-    )
-    mapped = jax.shard_map(
-        body, mesh=mesh, in_specs=(rows, rows, specs, token_specs), out_specs=(rows, rows, PartitionSpec()), check_vma=False
-    )
-    return mapped(x, logits, weights, inputs)
-
-
-def _gather_embed(weight: Array, spec: PartitionSpec) -> Array:
-    """The weight with its model width whole: that is divided at rest (`fsdp`) only to save memory."""
-    for dimension, part in enumerate(spec):
-        if part == "fsdp":
-            weight = lax.all_gather(weight, "fsdp", axis=dimension, tiled=True)
-    return weight
-
-
-def choose_dispatch(config: ModelConfig, mesh: Mesh | None, shape: tuple[int, ...]) -> str:
-    """The kind that runs on x of this shape: what the config names, or what moves the fewest bytes; says which and why, once a case.
-
-    Rows that are too few to be divided lie on every device; each runs its experts on all of them, and the results are summed.
-    """
-    kind, experts = config.dispatch, axis_size(mesh, "expert")
-    if mesh is None or experts == 1:
-        return "sorted" if kind in ("auto", "gather", "ragged") else kind
-    if kind == "capacity":
-        return kind
-    spread = partition_spec(("batch", "time", None), shape, mesh)
-    if spread[0] is None:
-        return "replicated"
-    if kind != "auto":
-        return kind
-    rows = shape[0] * shape[1] // axis_size(mesh, "data", "fsdp", "expert", "context")
-    return _choose(experts, rows, config.experts_per_token, config.hidden_size, mesh.devices.flat[0].platform)
-
-
-@functools.cache
-def _choose(experts: int, rows: int, per_token: int, size: int, platform: str) -> Literal["gather", "ragged"]:
-    gathered, ragged = (experts - 1) * rows * size * 2, rows * per_token * size * 2 * (experts - 1) // experts
-    if rows <= FEW_ROWS:
-        kind, why = "gather", f"{rows} rows a device are one message"
-    elif platform == "cpu":
-        kind, why = "gather", "XLA has no ragged all-to-all on CPU, and its stand-in moves more"
-    elif gathered <= ragged:
-        kind, why = "gather", f"it moves {gathered:,} elements a device and layer, ragged {ragged:,}"
-    else:
-        kind, why = "ragged", f"it moves {ragged:,} elements a device and layer, gather {gathered:,}"
-    print(f"dispatch auto: {kind} over mesh.expert={experts}, as {why}", file=sys.stderr)
-    return kind

@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from moejax.config import ModelConfig
 from moejax.model.attention import Attention
 from moejax.model.cache import KVCache, place_cache
+from moejax.model.expert_dispatch import TokenInputs
 from moejax.model.layers import MLP, Embed, Head, RMSNorm
-from moejax.model.moe import MoE, RouterOutputs, TokenInputs
+from moejax.model.moe import MoE, RouterOutputs
 from moejax.ops.attention import Rotation, rotary_angles, visible_keys
 from moejax.ops.matmul import project
 from moejax.ops.routing import RouterStatistics, load_balance_loss

@@ -44,7 +44,7 @@ def _run_sorted(x: Array, local: Int[Array, "N"], weights: ExpertWeights, per_ro
     index = jnp.where(inside, jnp.pad(order, (0, SPARE_ROWS)) // per_row, x.shape[0])
     place = jnp.argsort(order).astype(jnp.int32)
     place = jnp.where(local < num_experts, place, count + SPARE_ROWS)
-    rows = take_rows(x, index, place.reshape(-1, per_row))
+    rows = jnp.asarray(take_rows(x, index, place.reshape(-1, per_row)))
     outputs = expert_mlp(rows, weights, group_sizes, SPARE_ROWS)
     return jnp.where(inside[:, None], outputs, 0), place  # what a grouped matmul leaves behind the last group is undefined
 
@@ -55,9 +55,8 @@ def apply_gathered(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeig
     Moves M rows from each device to each other twice, however few experts are chosen: for small axes, and for few rows.
     Holds P * M * A rows of width D, and what the experts make of them.
     """
-    everything = lax.all_gather((x, routing), axis, tiled=True)
-    first = lax.axis_index(axis) * weights.gate.shape[0]
-    partial = apply_local(*everything, weights, first)
+    x, routing = lax.all_gather((x, routing), axis, tiled=True)
+    partial = apply_local(x, routing, weights, lax.axis_index(axis) * weights.gate.shape[0])
     return lax.psum_scatter(partial, axis, tiled=True), jnp.int32(0)
 
 
@@ -81,7 +80,7 @@ def apply_ragged(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeight
     me = lax.axis_index(axis)
 
     rows = take_rows(x, order // per_token, place.reshape(-1, per_token))
-    received = exchange_rows(rows, exchange, buffer_rows, axis)
+    received = jnp.asarray(exchange_rows(rows, exchange, buffer_rows, axis))
     local = _experts_of_received(sizes[:, me], moved[:, me], buffer_rows)
     outputs, back = _run_sorted(received, local, weights, 1)
     outputs = take_rows(outputs, back, invert(back, outputs.shape[0])[:, None])

@@ -25,13 +25,16 @@ class RouterStatistics(NamedTuple):
     z_loss: Float[Array, ""]  # mean squared log-sum-exp of the logits
 
 
-def route(logits: Float[Array, "M E"], experts_per_token: int, top_1_weight: Top1Weight) -> Routing:
+def route(logits: Float[Array, "M E"], experts_per_token: int, top_1_weight: Top1Weight, bias: Float[Array, "E"] | None = None) -> Routing:
     """Softmax over all experts, the A largest, divided by their sum.
 
     For A = 1 that sum leaves a weight of exactly one (Mixtral); `top_1_weight="probability"` keeps the softmax value (Arctic).
+    With a `bias`, the A experts of largest probability + bias are chosen; their weights are those of the probabilities alone, and
+    no gradient flows to it (Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, eq. 3).
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    _, experts = lax.top_k(lax.stop_gradient(probabilities), experts_per_token)
+    scores = probabilities if bias is None else probabilities + bias.astype(jnp.float32)[None, :]
+    _, experts = lax.top_k(lax.stop_gradient(scores), experts_per_token)
     # Picked by comparison instead of a gather: the gradient is then a product, not a scatter.
     chosen = experts[:, :, None] == jnp.arange(logits.shape[-1])[None, None, :]
     weights = jnp.sum(jnp.where(chosen, probabilities[:, None, :], 0.0), axis=-1)

@@ -44,9 +44,8 @@ def complete_config(config: RunConfig) -> RunConfig:
     and computed in the checkpoint's dtype; float16, in which small gradients vanish, becomes bfloat16. Rows become no longer than what
     the model is meant for. Raises UserError where `init_from` is empty, or holds no checkpoint.
     """
-    newest = store.latest_step(Path(config.directory))
-    if newest is not None:
-        metadata = store.read_metadata(newest)
+    metadata = store.latest_metadata(config.directory)
+    if metadata is not None:
         config = replace(config, init_from=config.init_from or (metadata.run or {}).get("init_from"))
         model = metadata.config
     elif not config.init_from:

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from moejax.cli import AtOnce
+
 
 @contextmanager
 def interruption() -> Iterator[Callable[[], bool]]:
-    """Within it, Ctrl-C and SIGTERM only raise a flag, which the yielded function reads; a second one acts at once.
+    """Within it, Ctrl-C and SIGTERM only raise a flag, which the yielded function reads; a second one raises AtOnce, which waits for no
+    checkpoint that is being written (one that is not complete is never seen).
 
     Only a process's main thread may handle signals: in another one, as in some notebooks, they stay with whoever handles them.
     """
@@ -22,7 +25,7 @@ def interruption() -> Iterator[Callable[[], bool]]:
     def handle(number: int, frame: Any) -> None:
         seen.append(number)
         if len(seen) > 1:
-            raise KeyboardInterrupt
+            raise AtOnce
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, handle)

@@ -10,10 +10,11 @@ from moejax.config import RunConfig
 from moejax.model.transformer import Transformer
 from moejax.training.evaluation import EvaluationSet, evaluate
 from moejax.training.interruption import interruption
+from moejax.training.placement import place_batches
 from moejax.training.recorder import Recorder
 from moejax.training.saving import Saver
 from moejax.training.state import TrainState, abstract_state, begin_state, create_optimizer, create_state
-from moejax.training.step import train_step
+from moejax.training.step import check_finite, step_options, train_step
 
 
 @dataclass
@@ -27,9 +28,10 @@ class Trainer:
     write_extra: Callable[[Path], None]  # puts what sampling needs (the tokenizer) into a checkpoint
     log: Callable[[str], None] = print
     initial_params: Callable[[], Any] | None = None  # loads the weights that a new run begins with; None: they are drawn
+    began: float | None = None  # time.perf_counter() when the command began; None: when training does
 
     def __post_init__(self) -> None:
-        self.optimizer = create_optimizer(self.config.train)
+        self.optimizer = create_optimizer(self.config.train, self.config.steps)
         self.saver = Saver(self.config, self.write_extra, self.log)
 
     def restore_or_create(self) -> TrainState:
@@ -38,23 +40,30 @@ class Trainer:
         if restored is not None:
             return restored
         if self.initial_params is not None:
-            return begin_state(self.optimizer, self.initial_params())
+            return begin_state(self.model, self.optimizer, self.initial_params())
         return create_state(self.model, self.optimizer, self.config.train.seed)
 
     def run(self, state: TrainState) -> TrainState:
         """Trains to config.steps, saving on the way and when interrupted (then KeyboardInterrupt is raised)."""
         train, steps = self.config.train, self.config.steps
-        start = int(state.step)
-        with Recorder(self.config, start, self.log) as recorder, self.saver as saver, interruption() as interrupted:
-            batches = self.batches_from(start)
+        start, options = int(state.step), step_options(train)
+        opened = Recorder(self.config, start, self.log, began=self.began)
+        with interruption() as interrupted, opened as recorder, self.saver as saver:
+            batches = place_batches(self.model.mesh, train.batch_size, self.batches_from(saver.first_batch(start)))
+            before = None  # the metrics of the step before: known by now, so that looking at them waits for nothing
             for done in range(start + 1, steps + 1):
                 with recorder.timing("data"):
                     batch = next(batches)
-                state, metrics = train_step(self.model, self.optimizer, state, batch)
+                state, metrics = train_step(self.model, self.optimizer, state, batch, options)
                 recorder.end_step(done, metrics)
+                saver.poll()
+                if before is not None:
+                    check_finite(before, train, done - 1)
+                before = metrics
                 if interrupted():
                     self.log(f"interrupted; saving step {done}: the same command goes on from there")
-                    saver.save(state)
+                    with recorder.timing("save"):
+                        saver.save(state)
                     raise KeyboardInterrupt
                 if done % train.save_every == 0 or done == steps:
                     with recorder.timing("save"):
@@ -62,16 +71,21 @@ class Trainer:
                 if train.eval_every and done % train.eval_every == 0 and done < steps:
                     with recorder.timing("evaluation"):
                         self.evaluate(state, recorder)
-            saver.wait()
+            if before is not None:
+                check_finite(before, train, steps)
+            with recorder.timing("save"):
+                saver.wait()
             if interrupted():  # during the last save or before the first step: nothing is left to save
                 raise KeyboardInterrupt
         return state
 
     def evaluate(self, state: TrainState, recorder: Recorder | None = None) -> dict[str, float]:
         """Bits per byte of each domain's held-out text; one row a domain goes to metrics.jsonl, once a step."""
-        results = {}
         step = int(state.step)
-        recorder = recorder or Recorder(self.config, step, self.log)
+        if recorder is None:
+            with Recorder(self.config, step, self.log) as recorder:
+                return self.evaluate(state, recorder)
+        results = {}
         for domain, held_out in self.evaluation.items():
             total, count = evaluate(self.model, state.params, held_out.batches)
             results[domain] = total / math.log(2) / held_out.utf8_bytes

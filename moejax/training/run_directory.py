@@ -1,17 +1,76 @@
-"""The directory of a run: config.json, tokenizer, metrics.jsonl, checkpoints/. One directory holds one run."""
+"""The directory of a run: config.json, tokenizer, metrics.jsonl, starts.jsonl, checkpoints/.
+
+One directory holds one run, and one process trains it.
+"""
 
 import contextlib
 import json
 import os
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from moejax.config import RunConfig, UserError, to_json
 
 # Fields of the model that change how it is computed, not what it is: a run may go on with others.
 HOW_NOT_WHAT = {"dispatch", "dtype", "remat"}
+# Where and how its tokens are kept and made, not which they are.
+WHERE_NOT_WHAT = {"cache_dir", "workers"}
 # What a run has that got as far as having text; from then on it can only be gone on with as it is.
 LEFT_BY_A_RUN = ("tokenizer.model", "tokenizer.json", "checkpoints")
+LOCK = ".lock"
+_held: set[TextIO] = set()
+
+
+@contextlib.contextmanager
+def hold_run_directory(config: RunConfig, log: Callable[[str], None] = print) -> Iterator[None]:
+    """Makes the run's directory, and keeps other processes from training in it; their end, whatever it is, lets it go.
+
+    Raises UserError, naming process and machine, where another one holds it. A file system without locks is said so, and trusted.
+    """
+    directory = Path(config.directory)
+    with contextlib.ExitStack() as opened:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context((directory / LOCK).open("a+"))
+        except OSError as error:
+            raise _cannot_write(directory, error) from error
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(_name_holder(directory, file)) from None
+        except (ImportError, OSError) as error:
+            log(f"{directory} cannot be locked ({error}): see to it that no other process trains in it")
+        else:
+            file.truncate(0)
+            file.write(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}) + "\n")
+            file.flush()
+        _held.add(file)
+        opened.callback(_held.discard, file)
+        yield
+
+
+def _name_holder(directory: Path, file: TextIO) -> str:
+    try:
+        file.seek(0)
+        holder = json.loads(file.read())
+        who = f"process {holder['process']} on {holder['machine']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        who = "another process"
+    return f"{directory} is in use: {who} is training there; wait for its end, stop it, or choose another directory with --run-dir"
+
+
+def _let_go_in_child() -> None:
+    """A forked process must not hold on to the run that its parent has lost."""
+    for file in _held:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def claim_run_directory(config: RunConfig) -> Path:
@@ -34,11 +93,15 @@ def claim_run_directory(config: RunConfig) -> Path:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write the run directory {directory}: {error.strerror}; choose another with --run-dir") from error
+        raise _cannot_write(directory, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return directory
+
+
+def _cannot_write(directory: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write the run directory {directory}: {error.strerror}; choose another with --run-dir")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -58,7 +121,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _refuse_other_run(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     differences = []
-    for section, ignored in (("model", HOW_NOT_WHAT), ("data", set())):
+    for section, ignored in (("model", HOW_NOT_WHAT), ("data", WHERE_NOT_WHAT)):
         for name, value in now[section].items():
             old = before[section].get(name, value)  # a field newer than the run
             if name not in ignored and old != value:

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from moejax.data import sql, text
-from moejax.data.sources import Document
+from moejax.data.documents import Document
 
 PYTHON = (
     "def read_file(path):\n    with open(path) as file:\n        if file:\n            return file.read()\n\n\nclass Reader:\n    pass\n"

@@ -1,69 +1,135 @@
-"""The kept tokens: what is saved is loaded, and nothing else is taken for it."""
+"""Entries of the cache: what is written is read, and nothing else is taken for it."""
 
 from __future__ import annotations
 
-import dataclasses
-import errno
+import json
+import threading
 
 import numpy as np
 import pytest
 
-from moejax.config import DataConfig, Domain
+from moejax.config import DataConfig, UserError
 from moejax.data import cache
-from moejax.data.sources import Document
+from moejax.data.cache import INDEX, crc32_of, explain_writing, find_cache, find_entry, lock_entry, make_key
+from moejax.data.cache_writer import EntryWriter
+from moejax.data.documents import Document
+
+KEY = make_key({"some": "text"})
+IDS, SIZES = np.arange(3, 1003) % 700, np.array([1, 499, 500])
+HELD_OUT = [Document("x", "ä\n\u2028second line\n"), Document("y:2", "")]
 
 
 @pytest.fixture
-def saved(tmp_path):
-    (tmp_path / "text.txt").write_text("text")
-    data = DataConfig(domains=(Domain("a", "builtin:sql"), Domain("b.c", str(tmp_path / "text.txt"))))
-    streams = {"a": (np.arange(5, dtype=np.int32), np.array([2, 3])), "b.c": (np.array([70_000], np.int32), np.array([1]))}
-    held_out = {"a": [Document("x", "ä\n")], "b.c": []}
-    cache.save(tmp_path, data, b"tokenizer", streams, held_out, print)
-    return data, streams, held_out
+def root(tmp_path):
+    """A cache with one whole entry."""
+    writer = EntryWriter(tmp_path / KEY, KEY, np.dtype("<u2"))
+    writer.append(IDS, SIZES, 4000)
+    writer.finish(HELD_OUT, empty=1)
+    writer.close()
+    return tmp_path
 
 
-def test_what_is_saved_is_loaded(saved, tmp_path):
-    data, streams, held_out = saved
-    loaded, texts = cache.load(tmp_path, data, b"tokenizer", print)
-    assert texts == held_out
-    assert all((left == right).all() for name in streams for left, right in zip(loaded[name], streams[name], strict=True))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.npz", "text.txt"]
-    # Rows of another length are cut from the same stream.
-    assert cache.load(tmp_path, dataclasses.replace(data, sequence_length=7), b"tokenizer", print) is not None
+def test_what_is_written_is_read(root):
+    entry = find_entry(root, KEY)
+    assert entry is not None
+    assert sorted(path.name for path in entry.directory.iterdir()) == ["held_out.jsonl", "ids.bin", "index.json", "offsets.bin"]
+    assert entry.held_out() == HELD_OUT
+    for length in (7, 100):  # rows of any length are cut from the same stream
+        rows = entry.rows(length)
+        assert (rows.ids == IDS).all() and rows.offsets.tolist() == [0, 1, 500, 1000] and len(rows) == -(-999 // length)
+    assert (entry.tokens, entry.index["documents"], entry.index["bytes"], entry.index["empty"]) == (1000, 3, 4000, 1)
+    assert find_entry(root, make_key({"other": "text"})) is None
 
 
-def test_other_data_another_tokenizer_and_changed_files_are_seen(saved, tmp_path):
-    data, _, _ = saved
+FILES = ["ids.bin", "offsets.bin", "held_out.jsonl", INDEX]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path, where=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [truncate, flip, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+def test_whatever_is_damaged_is_told_and_gone(root, name, damage):
+    damage(root / KEY / name)
+    assert find_entry(root, KEY) is None and (root / KEY).exists()  # without the lock nothing is touched
     lines: list[str] = []
-    assert cache.load(tmp_path, dataclasses.replace(data, seed=1), b"tokenizer", lines.append) is None
-    assert cache.load(tmp_path, data, b"other", lines.append) is None
-    (tmp_path / "text.txt").write_text("text that changed")
-    assert cache.load(tmp_path, data, b"tokenizer", lines.append) is None
-    assert len(lines) == 3 and all("reading the text again" in line for line in lines)
-    assert cache.load(tmp_path / "elsewhere", data, b"tokenizer", lines.append) is None and len(lines) == 3
+    assert find_entry(root, KEY, lines.append) is None
+    if lines:
+        assert len(lines) == 1 and lines[0].endswith("making them again") and KEY in lines[0] and "\n" not in lines[0]
+        assert not (root / KEY).exists()
+    else:
+        assert name == INDEX  # without an index an entry was never finished, which is no damage
 
 
-@pytest.mark.parametrize("size", [0, 10, 300])
-def test_a_broken_file_is_told_and_not_used(saved, tmp_path, size):
-    data, _, _ = saved
-    path = tmp_path / "data.npz"
-    path.write_bytes(path.read_bytes()[:size])
+def test_a_flipped_bit_anywhere_in_the_index_is_seen(root):
+    path = root / KEY / INDEX
+    before = path.read_bytes()
+    for where in range(0, len(before), 7):
+        flip(path, (where + 0.5) / len(before))
+        assert find_entry(root, KEY) is None, where
+        path.write_bytes(before)
+    assert find_entry(root, KEY) is not None
+
+
+def test_an_entry_of_another_key_is_not_taken(root):
+    other = make_key("other")
+    (root / KEY).rename(root / other)
     lines: list[str] = []
-    assert cache.load(tmp_path, data, b"tokenizer", lines.append) is None
-    assert "cannot be read" in lines[0]
+    assert find_entry(root, other, lines.append) is None
+    assert "is that of another entry" in lines[0]
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(saved, tmp_path, monkeypatch):
-    data, streams, held_out = saved
-    before = (tmp_path / "data.npz").read_bytes()
+def test_checksums_of_a_huge_entry_are_compared_when_asked(root, monkeypatch):
+    monkeypatch.setattr(cache, "ALWAYS_VERIFIED", 100)
+    flip(root / KEY / "ids.bin")
+    assert find_entry(root, KEY) is not None
+    assert find_entry(root, KEY, verify=True) is None
 
-    def fail(file, **arrays):
-        file.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", fail)
+def test_a_lock_lets_one_in_at_a_time(tmp_path):
     lines: list[str] = []
-    cache.save(tmp_path, data, b"tokenizer", streams, held_out, lines.append)
-    assert "No space left" in lines[0]
-    assert (tmp_path / "data.npz").read_bytes() == before and not list(tmp_path.glob(".*"))
+    inside = threading.Event()
+
+    def enter():
+        with lock_entry(tmp_path, KEY, lines.append):
+            inside.set()
+
+    with lock_entry(tmp_path, KEY, lines.append):
+        thread = threading.Thread(target=enter)
+        thread.start()
+        assert not inside.wait(0.2)
+        with lock_entry(tmp_path, make_key("other"), lines.append):
+            pass  # another key has another lock
+    thread.join(10)
+    assert inside.is_set() and len(lines) == 1 and "waiting for another process" in lines[0]
+
+
+def test_places(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "a"))
+    assert find_cache(DataConfig()) == tmp_path / "a"
+    assert find_cache(DataConfig(cache_dir=str(tmp_path / "b"))) == tmp_path / "b"
+    monkeypatch.delenv("MOEJAX_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_cache(DataConfig()) == tmp_path / ".cache" / "moejax"
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot keep tokens in .*file.*MOEJAX_CACHE"), explain_writing(tmp_path / "file" / "cache"):
+        pass
+
+
+def test_checksums_are_those_of_zlib(tmp_path):
+    import zlib
+
+    data = np.random.default_rng(0).bytes(10_000_000)
+    (tmp_path / "x").write_bytes(data)
+    assert crc32_of(tmp_path / "x") == zlib.crc32(data)
+    assert json.loads(json.dumps(make_key({"b": 1, "a": 2}))) == make_key({"a": 2, "b": 1})

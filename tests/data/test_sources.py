@@ -1,18 +1,22 @@
-"""Reading documents, the errors of bad files, and splitting off the held-out ones."""
+"""Which files a domain has, the order and the amount of its documents, and the errors of what is not there."""
 
 from __future__ import annotations
 
 import json
-import random
 
 import pytest
 
 from moejax.config import Domain, UserError
-from moejax.data.sources import Document, read_documents, split_documents
+from moejax.data import sources
+from moejax.data.documents import Document, Reading
 
 
-def files(path) -> Domain:
-    return Domain("text", str(path))
+def files(path, **options) -> Domain:
+    return Domain("text", str(path), **options)
+
+
+def read_documents(*arguments) -> list[Document]:
+    return list(sources.read_documents(*arguments))
 
 
 @pytest.fixture
@@ -81,30 +85,52 @@ def test_sources_that_cannot_be_used_are_named(tmp_path, monkeypatch):
         read_documents(Domain("code", "builtin:code"), 10**6, 0)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_splits_are_disjoint_stable_and_of_the_right_size(seed):
-    rng = random.Random(seed)
-    documents = [Document(f"module{n}", "x" * rng.randrange(100, 2000)) for n in range(200)]
-    train, held_out = split_documents(documents, 0.1, seed)
-    assert sorted((*train, *held_out), key=lambda d: d.name) == sorted(documents, key=lambda d: d.name)
-    assert 0.08 < sum(len(d.text) for d in held_out) / sum(len(d.text) for d in documents) <= 0.1
-    shuffled = rng.sample(documents, len(documents))
-    assert {d.name for d in split_documents(shuffled, 0.1, seed)[1]} == {d.name for d in held_out}
-    assert {d.name for d in split_documents(documents, 0.1, seed + 1)[1]} != {d.name for d in held_out}
+def test_patterns_and_formats_choose_files(tree):
+    (tree / "data.bin").write_text('{"body": "in a strange file"}\n')
+    (tree / "page.html").write_text("<p>page</p>\n")
+
+    def names(path, **options):
+        return sorted(document.name for document in read_documents(files(path, **options), 10**6, 0))
+
+    assert names(f"{tree}/*.txt") == ["a.txt"]
+    assert names(f"{tree}/**/*.md") == ["deep/er/b.md"]
+    assert names(f"{tree}/de*") == ["deep/c.jsonl:1", "deep/c.jsonl:2", "deep/c.jsonl:3", "deep/er/b.md"]
+    assert names(tree, format="text") == ["a.txt", "deep/er/b.md", "page.html"]
+    assert names(tree, format="jsonl") == ["deep/c.jsonl:1", "deep/c.jsonl:2", "deep/c.jsonl:3"]
+    # What is named alone, or by a pattern and a format, is read whatever its name.
+    assert names(tree / "data.bin", format="jsonl", text_field="body") == ["data.bin:1"]
+    assert names(f"{tree}/*.bin", format="jsonl", text_field="body") == ["data.bin:1"]
+    assert names(tree / "data.bin") == ["data.bin"]
+    for path, options, message in (
+        (f"{tree}/*.nothing", {}, r"nothing' matches no file; check the pattern"),
+        (tree, {"format": "parquet"}, "looked for files of format parquet with text in them"),
+    ):
+        with pytest.raises(UserError, match=message):
+            names(path, **options)
 
 
-@pytest.mark.parametrize("count, fraction", [(2, 0.001), (2, 0.999), (3, 0.5), (50, 0.0001)])
-def test_neither_side_of_a_split_is_empty(count, fraction):
-    train, held_out = split_documents([Document(str(n), "text" * (n + 1)) for n in range(count)], fraction, 0)
-    assert train and held_out and len(train) + len(held_out) == count
+def test_bad_text_is_left_out_and_counted(tree):
+    (tree / "bad.txt").write_bytes(b"\xff\xff")
+    (tree / "bad.jsonl").write_text('{"text": "good"}\nnot json\n{"body": 1}\n')
+    reading = Reading(skip_bad=True)
+    found = {document.text for document in sources.read_documents(files(tree), 10**6, 0, reading)}
+    assert found == {"first\nfile\n", "zweite ä\n", "line 0", "line 1", "line 2", "good"}
+    assert (reading.bad, reading.empty) == (3, 1) and reading.consumed == reading.total > 0
+    with pytest.raises(UserError, match=r"with --data\.skip-bad$"):
+        read_documents(files(tree), 10**6, 0)
+    (tree / "only").mkdir()
+    (tree / "only" / "x.jsonl").write_text("oops\n")
+    with pytest.raises(UserError, match=r"no text found.*\(1 left out as bad, the first: .*x\.jsonl' line 1 is not JSON"):
+        list(sources.read_documents(files(tree / "only"), 10**6, 0, Reading(skip_bad=True)))
 
 
-@pytest.mark.parametrize(
-    "text, fraction", [("a\nb\nc\nd\n", 0.25), ("a\nb\nc\nd", 0.001), ("one line", 0.3), ("long first line\nb", 0.9), ("xy", 0.5)]
-)
-def test_a_single_document_is_cut_with_the_held_out_part_last(text, fraction):
-    (train,), (held_out,) = split_documents([Document("only", text)], fraction, 0)
-    assert train.text + held_out.text == text and train.text and held_out.text
-    assert "\n" not in text or train.text.endswith("\n")
-    with pytest.raises(UserError, match="too short"):
-        split_documents([Document("only", "x")], 0.5, 0)
+def test_a_description_changes_with_the_text_and_with_nothing_else(tree):
+    before = sources.describe_source(files(tree))
+    assert sources.describe_source(files(tree)) == before
+    assert before["files"] == 4
+    (tree / "a.txt").write_text("first\nline\n")
+    changed = sources.describe_source(files(tree))
+    assert changed != before
+    (tree / ".hidden" / "d.txt").write_text("nobody reads this")
+    assert sources.describe_source(files(tree)) == changed
+    assert sources.describe_source(Domain("p", "builtin:prose"))["packages"]["jax"]

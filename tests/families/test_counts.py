@@ -43,6 +43,13 @@ def test_counts_by_kind_of_arctic():
     assert dense == 9_964_853_248
 
 
+def test_biases_count_with_the_router_and_are_float32():
+    plain, biased = count_parameters(ARCTIC_480B), count_parameters(dataclasses.replace(ARCTIC_480B, router_bias=True))
+    assert biased.total - plain.total == biased.active - plain.active == 35 * 128
+    assert biased.by_kind["router"].total == plain.by_kind["router"].total + 35 * 128
+    assert biased.bytes - plain.bytes == biased.by_kind["router"].bytes - plain.by_kind["router"].bytes == 4 * 35 * 128
+
+
 def test_dense_layers_and_tied_embeddings_are_counted_once():
     config = dataclasses.replace(ARCTIC_480B, moe_every=2, num_layers=5, tie_embeddings=True, param_dtype="float32")
     counts = count_parameters(config)

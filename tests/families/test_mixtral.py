@@ -81,3 +81,5 @@ def test_the_first_releases_spelling_must_say_its_rope():
 def test_a_tied_head_has_no_place_in_it():
     with pytest.raises(UserError, match=r"model.tie_embeddings=True cannot be written as a mixtral params.json"):
         config_to_original(dataclasses.replace(MIXTRAL_8X7B, tie_embeddings=True))
+    with pytest.raises(UserError, match=r"router_bias=True .* no place for"):
+        config_to_original(dataclasses.replace(MIXTRAL_8X7B, router_bias=True))

@@ -36,6 +36,18 @@ def test_gradient_of_the_weights_is_that_of_indexing():
     np.testing.assert_allclose(ours, jax.grad(by_indexing)(logits), atol=1e-6)
 
 
+def test_a_bias_chooses_but_does_not_weigh():
+    logits = jax.random.normal(jax.random.key(0), (20, 4))
+    plain = route(logits, 2, "one")
+    for ours, expected in zip(route(logits, 2, "one", jnp.zeros(4)), plain, strict=True):
+        assert np.array_equal(ours, expected)
+    lifted = route(logits, 2, "one", jnp.array([0.0, 0.0, 2.0, 1.0]))
+    assert np.array_equal(lifted.experts, np.broadcast_to([2, 3], (20, 2)))
+    np.testing.assert_allclose(lifted.weights, jax.nn.softmax(logits[:, 2:], axis=1), atol=1e-6)
+    gradient = jax.grad(lambda bias: jnp.sum(route(logits, 2, "one", bias).weights[:, 0]))(jnp.array([0.1, 0.0, 0.0, 0.0]))
+    assert not gradient.any()
+
+
 def test_balance_and_collapse():
     """Perfect balance gives A pooled and A * L summed; all tokens on the same experts gives far more."""
     layers, experts, per_token = 3, 4, 2

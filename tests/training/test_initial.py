@@ -168,3 +168,81 @@ def test_a_tokenizer_may_be_named_where_the_checkpoint_has_none(place, train):
 def test_a_summary_is_that_of_the_checkpoint(place, train, capsys):
     train(*FINETUNE, "--init-from", "published", "--summary")
     assert f"{sum(leaf.size for leaf in jax.tree.leaves(moejax.load(place / 'published')[1])):,}" in capsys.readouterr().out
+
+
+# -- weights of our own checkpoints ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(place) -> Path:
+    """A run of another kind, with two checkpoints, optimiser and all; its weights are those of `halves` plus its step."""
+    from moejax.data.text import find_tokenizer
+
+    metadata, (_, weights) = store.read_metadata(place / "halves"), parameters(place / "halves")
+    tokenizer = find_tokenizer(place / "halves")
+    run = place / "runs" / "begun"
+    for step in (20, 40):
+        moved = jax.tree.map(lambda leaf, step=step: leaf + step, weights)
+        store.save(
+            store.step_directory(run, step),
+            *(moved, metadata.config),
+            optimizer={"m": np.full(9, step)},
+            step=step,
+            rows_read=8 * step,
+            run={"init_from": "elsewhere", "train": {"seed": 5}},
+            write_extra=lambda folder: tokenizer.save(folder),
+        )
+    return run
+
+
+@pytest.fixture
+def first_state(train, monkeypatch):
+    """A function: the state, the saver and the first batch's number of a run that begins."""
+    from moejax.training.loop import Trainer
+
+    seen = {}
+
+    def stop(self, state):
+        seen.update(state=state, saver=self.saver)
+        raise UserError("seen")
+
+    def begin(*words):
+        monkeypatch.setattr(Trainer, "run", stop)
+        with pytest.raises(UserError, match="seen"):
+            train(*FINETUNE, "--data.path", "my.jsonl", *SMALL, *words)
+        return seen["state"], seen["saver"]
+
+    return begin
+
+
+@pytest.mark.parametrize(("name", "step"), [("runs/begun", 40), ("runs/begun/checkpoints/00000020", 20), ("halves", 0)])
+def test_weights_and_nothing_but_weights_come_along(place, begun, first_state, tmp_path, name, step):
+    state, saver = first_state("--init-from", name, "--run-dir", tmp_path / "run")
+    _, weights = parameters(place / "halves")
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf + step).astype("float32"), weights)
+    assert largest_difference(state.params, expected) == 0
+    assert int(state.step) == 0 and saver.first_batch(0) == 0  # neither its steps nor its place in the data
+    assert {float(np.abs(leaf).max()) for leaf in jax.tree.leaves(state.optimizer_state)} == {0.0}  # nor its moments and counts
+
+
+def test_damaged_weights_are_named_and_the_ones_before_may_be(place, begun, train, first_state, tmp_path):
+    shutil.copytree(begun, tmp_path / "damaged")
+    newest = tmp_path / "damaged" / "checkpoints" / "00000040"
+    victim = max((path for path in (newest / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    words = [*FINETUNE, "--data.path", "my.jsonl", *SMALL, "--run-dir", tmp_path / "run", "--init-from", tmp_path / "damaged"]
+    with pytest.raises(UserError, match=rf"{victim.name} is truncated: .*; use another copy of the checkpoint, or another checkpoint"):
+        train(*words)
+    state, _ = first_state("--run-dir", tmp_path / "run", "--init-from", newest.with_name("00000020"))
+    assert int(state.step) == 0
+
+
+def test_a_run_that_goes_on_takes_its_sizes_from_a_checkpoint_that_can_be_read(place, begun, tmp_path):
+    from moejax.cli import parse_run
+    from moejax.training.initial import complete_config
+
+    shutil.copytree(begun, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "00000040" / "moejax.json"
+    path.write_text(path.read_text().replace('"step": 40', '"step": 41'))
+    config = parse_run(["--run-dir", str(tmp_path / "run")], FINETUNE[0], complete=complete_config).config
+    assert (config.model.vocab_size, config.init_from) == (300, "elsewhere")

@@ -14,14 +14,13 @@ import pytest
 
 from moejax.checkpoint import store
 from moejax.config import DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
-from moejax.data.pipeline import Batch, pack
+from moejax.data.rows import Batch, pack
 from moejax.model.transformer import Transformer
-from moejax.ops.routing import RouterStatistics
 from moejax.training.evaluation import EvaluationSet, evaluate
 from moejax.training.interruption import interruption
 from moejax.training.loop import Trainer
+from moejax.training.starts import read_starts
 from moejax.training.state import create_optimizer
-from moejax.training.step import load_entropy
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -41,7 +40,14 @@ CONFIG = RunConfig(
 OPTIMIZER = create_optimizer(CONFIG.train)
 TRAINING_KEYS = {
     *("step", "tokens", "loss", "router_aux_loss", "router_z_loss", "grad_norm", "learning_rate"),
-    *("tokens_per_second", "expert_load_entropy", "dropped_tokens"),
+    *("tokens_per_second", "expert_load_entropy", "dropped_tokens", "seconds_per_step", "data_wait_fraction", "save_fraction"),
+    *("evaluation_fraction", "compile_fraction", "mfu", "goodput", "peak_memory_bytes"),
+    *("tokens_counted", "skipped_steps", "skipped_in_a_row", "expert_load_entropy_per_layer", "expert_load_max_over_mean"),
+}
+# What two runs of the same steps need not have in common.
+OF_THE_CLOCK = {
+    *("tokens_per_second", "seconds_per_step", "data_wait_fraction", "save_fraction", "evaluation_fraction", "compile_fraction", "mfu"),
+    *("goodput", "peak_memory_bytes"),
 }
 EVALUATION_KEYS = {"step", "tokens", "domain", "eval_loss", "eval_bits_per_byte", "eval_bytes"}
 
@@ -82,7 +88,7 @@ def assert_equal_trees(first, second):
 
 
 def strip_times(rows):
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in OF_THE_CLOCK} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +113,32 @@ def test_a_row_of_metrics_has_what_it_should(straight):
     assert rows[0]["learning_rate"] == pytest.approx(0.015)
     assert rows[1]["learning_rate"] == pytest.approx(0.03)
     assert all(0 < row["expert_load_entropy"] <= 1 for row in rows)
-    assert all(math.isfinite(value) and row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in rows for value in row.values())
+    assert all(
+        math.isfinite(value) and row["grad_norm"] > 0 and row["tokens_per_second"] > 0
+        for row in rows
+        for value in np.hstack(list(row.values()))
+    )
+
+
+def test_a_run_tells_of_its_starts_and_to_tensorboard(straight):
+    (start,) = read_starts(straight[0] / "starts.jsonl")
+    assert (start["first_step"], start["last_step"], start["ended"], start["devices"]) == (1, 6, "done", 1)
+    assert start["save_seconds"] > 0
+    assert len(list((straight[0] / "tensorboard").iterdir())) == 1
+    assert not (straight[0] / "profile").exists()
+
+
+def test_steps_that_are_not_finite_end_a_run_when_they_come_in_a_row(tmp_path):
+    def batches(step):
+        batch = batch_at(step)
+        return batch._replace(weights=batch.weights * np.float32(np.nan)) if step in (1, 3, 4) else batch
+
+    with pytest.raises(UserError, match=r"steps 4 to 5.*train\.max_nonfinite_steps=2"):
+        train_from_start(tmp_path, batches=batches, max_nonfinite_steps=2, save_every=100)
+    rows = read_rows(tmp_path)
+    assert [row["skipped_steps"] for row in rows[:4]] == [0, 1, 1, 2]
+    train_from_start(tmp_path / "once", batches=batches, max_nonfinite_steps=3, save_every=100)
+    assert [row["skipped_steps"] for row in read_rows(tmp_path / "once")] == [0, 1, 1, 2, 3, 3]
 
 
 def test_rows_come_as_often_as_said(tmp_path):
@@ -236,14 +267,3 @@ def test_a_model_that_knows_nothing_needs_log_v_bits_a_token(straight, tmp_path)
 def test_evaluation_on_the_way(tmp_path):
     train_from_start(tmp_path, evaluation={"code": EvaluationSet([batch_at(9)], 50)}, steps=5, eval_every=2, save_every=100)
     assert [row["step"] for row in read_rows(tmp_path) if "domain" in row] == [2, 4]
-
-
-def test_entropy_of_the_experts_load():
-    def entropy(*layers):
-        load = np.array(layers, np.float32)
-        return float(load_entropy(RouterStatistics(load, load, np.zeros(len(layers), np.float32))))
-
-    assert entropy([0.5, 0.5, 0.5, 0.5]) == pytest.approx(1.0)
-    assert entropy([2.0, 0.0, 0.0, 0.0]) == pytest.approx(0.0, abs=1e-6)
-    assert entropy([1.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5]) == pytest.approx(0.75)
-    assert float(load_entropy(None)) == 1.0

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moejax.training.metrics import MetricsLog, Progress, format_duration
+from moejax.training.metrics import MetricsLog, Progress, format_duration, read_rows
 
 
 @pytest.fixture
@@ -45,16 +45,29 @@ def test_an_evaluation_replaces_the_one_of_its_step_and_domain_alone(log):
     assert [row.get("eval_loss") for row in rows(log)] == [None, 2.0, 3.0, 4.0]
 
 
-def test_progress_names_step_loss_rate_and_time_left(monkeypatch):
-    now, lines = [100.0], []
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    progress = Progress(0, 21, 50, lines.append)
-    now[0] += 30.0
-    progress.update(1, 5.0)
-    now[0] += 2.0
-    assert progress.update(11, 4.25) == pytest.approx(10 * 50 / 2.0)
-    assert lines[0] == "step 1/21  loss 5.000  (compiled in 0:30)"
-    assert lines[1] == "step 11/21  loss 4.250  250 tokens/s  ETA 0:02"  # compiling counts in neither
+def test_rows_are_strict_json_and_read_back(log):
+    """NaN and Infinity are no JSON: most readers but Python's refuse them."""
+    log.write({"step": 1, "loss": float("nan"), "loads": [1.0, float("inf")], "count": 3})
+    assert read_rows(log.path) == [{"step": 1, "loss": None, "loads": [1.0, None], "count": 3}]
+    with log.path.open("ab") as file:
+        file.write(b'[1]\n{"step": "x"}\n{"loss": 1.0}\n{"step": 2, "lo\xff')
+    assert [row["step"] for row in read_rows(log.path)] == [1]
+    assert read_rows(log.path.with_name("no.jsonl")) == []
+
+
+def test_progress_names_step_loss_rate_utilisation_and_time_left():
+    lines = []
+    progress = Progress(21, lines.append)
+    progress.update({"step": 1, "loss": 5.0, "tokens_per_second": 9.0, "mfu": 0.1}, now=130.0, seconds=30.0)
+    progress.update({"step": 11, "loss": 4.25, "tokens_per_second": 2500.0, "mfu": 0.123, "skipped_steps": 2}, now=132.0, seconds=2.0)
+    progress.update({"step": 12, "loss": float("nan"), "tokens_per_second": 1.0, "mfu": 0.0, "skipped_steps": 0}, now=133.0, seconds=2.0)
+    progress.evaluated(12, {"prose": 2.0, "code": 1.5})
+    assert lines == [
+        "step 1/21  loss 5.000  (compiled in 0:30)",
+        "step 11/21  loss 4.250  2,500 tokens/s  MFU 12.3%  ETA 0:02  skipped steps 2",  # compiling counts in neither
+        "step 12/21  loss nan  1 tokens/s  MFU 0.0%  ETA 0:02",
+        "step 12/21  held-out bits per byte: prose 2.000  code 1.500",
+    ]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.9, "0:59"), (61, "1:01"), (3600, "1:00:00"), (90061, "25:01:01")])

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 import moejax
 from moejax.config import ModelConfig
-from moejax.data.pipeline import Batch, pack
+from moejax.data.rows import Batch, pack
 from moejax.model.transformer import Transformer, init_parameters
 from moejax.training.objectives import negative_log_likelihoods, pretrain
 
@@ -151,10 +151,18 @@ def test_the_router_s_losses_do_not_reach_the_head(case, gradients):
     assert [part for part in PARTS if gradients[part]["head"]["kernel"].any()] == ["ce"]
 
 
-def test_losses_are_float32_under_bfloat16_compute(case, batch):
+def test_the_loss_of_a_bfloat16_model_is_computed_in_float32(case, batch):
+    """From its bfloat16 features on, the cross-entropy has float32's digits: bfloat16 has three."""
     model, variables = case
-    half = Transformer(dataclasses.replace(model.config, dtype="bfloat16"))
-    losses, _ = pretrain(half, variables, batch)
+    half = Transformer(dataclasses.replace(model.config, dtype="bfloat16", param_dtype="bfloat16"))
     exact, _ = PRETRAIN(model, variables, batch)
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+    losses, outputs = PRETRAIN(half, variables, batch)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(losses)} == {"float32"}
     assert float(losses.ce) == pytest.approx(float(exact.ce), rel=0.03)
+    assert outputs.features.dtype == jnp.bfloat16
+    params = variables["params"]
+    head = params["embed"]["embedding"] if model.config.tie_embeddings else params["head"]["kernel"]
+    logits = np.asarray(outputs.features, np.float64) @ np.asarray(head, np.float64).T
+    of_targets = np.take_along_axis(log_softmax(logits), batch.targets[..., None], -1)[..., 0]
+    assert float(losses.ce) == pytest.approx(-of_targets[batch.weights == 1].mean(), abs=1e-5)

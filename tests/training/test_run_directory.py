@@ -1,12 +1,19 @@
 """One directory holds one run: what may change when it goes on, and what is refused."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 
 from moejax.config import DataConfig, ModelConfig, RunConfig, TrainConfig, UserError, to_json
-from moejax.training.run_directory import claim_run_directory
+from moejax.training.run_directory import claim_run_directory, hold_run_directory
 
 
 @pytest.fixture
@@ -86,3 +93,63 @@ def test_a_config_that_is_none_of_ours_is_refused_and_kept(tmp_path, text):
 def test_a_place_that_cannot_be_written_to_is_refused(place):
     with pytest.raises(UserError, match=rf"cannot write the run directory {place}: .*--run-dir"):
         claim_run_directory(RunConfig(run_dir=place))
+
+
+# -- one process at a time ------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import os, sys, time
+from moejax.config import RunConfig
+from moejax.training.run_directory import hold_run_directory
+with hold_run_directory(RunConfig(run_dir=sys.argv[1])):
+    child = os.fork()  # as a worker that outlives it
+    if not child:
+        os.close(1)
+        time.sleep(60)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_is_trained_by_one_process_until_it_ends_or_is_killed(tmp_path):
+    config = RunConfig(run_dir=str(tmp_path / "runs" / "a"))
+    with subprocess.Popen([sys.executable, "-c", HOLDER, config.directory], stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        try:
+            message = rf"runs/a is in use: process {process.pid} on {socket.gethostname()} is training there; .*--run-dir"
+            for _ in range(2):
+                with pytest.raises(UserError, match=message), hold_run_directory(config):
+                    raise AssertionError("two processes in one directory")
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            with hold_run_directory(config):
+                pass
+        finally:
+            process.kill()
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_run_is_trained_once_in_a_process_too(tmp_path):
+    config = RunConfig(run_dir=str(tmp_path))
+    with hold_run_directory(config), pytest.raises(UserError, match=f"process {os.getpid()} on"), hold_run_directory(config):
+        raise AssertionError("two runs in one directory")
+    with hold_run_directory(config):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_where_there_are_no_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lines = []
+    with hold_run_directory(RunConfig(run_dir=str(tmp_path)), lines.append):
+        assert len(lines) == 1 and "cannot be locked (" in lines[0]
+
+
+def test_a_place_that_cannot_be_held_is_refused():
+    with (
+        pytest.raises(UserError, match="cannot write the run directory /proc/runs/a"),
+        hold_run_directory(RunConfig(run_dir="/proc/runs/a")),
+    ):
+        raise AssertionError("it was held")
