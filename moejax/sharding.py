@@ -69,8 +69,10 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
     parts = []
     for name, size in zip(axes, shape, strict=True):
         over = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
-        divides = size % axis_size(mesh, *over) == 0
-        parts.append(None if not over or not divides else over if len(over) > 1 else over[0])
+        if not over or size % axis_size(mesh, *over):
+            parts.append(None)
+        else:
+            parts.append(over if len(over) > 1 else next(iter(over)))
     return PartitionSpec(*parts)
 
 

@@ -117,27 +117,32 @@ def _on_mesh(run, mesh: Mesh, x: Array, logits: Array, bias: Array | None, weigh
         weights = ExpertWeights(gate, up, jnp.pad(weights.down, ((0, 0), (0, 0), (0, missing))))
     rows = partition_spec(("batch", "time", None), x.shape, mesh)
     spread = tuple(axis for part in rows for axis in ((part,) if isinstance(part, str) else part or ()))
-    axes = ExpertWeights(*cast(Any, (GATE_AXES, GATE_AXES, DOWN_AXES)))
-    specs = ExpertWeights(*(cast(Any, partition_spec(names, weight.shape, mesh)) for names, weight in zip(axes, weights, strict=True)))
+    specs = ExpertWeights(
+        *(
+            cast(Any, partition_spec(names, weight.shape, mesh))
+            for names, weight in zip((GATE_AXES, GATE_AXES, DOWN_AXES), weights, strict=True)
+        )
+    )
     expert_axis = "expert" if mesh.shape["expert"] > 1 else None
 
-    def body(x: Array, logits: Array, bias: Array | None, weights: ExpertWeights, inputs: TokenInputs):
+    def body(x: Array, logits: Array, bias: Array | None, weights: ExpertWeights, parts: tuple[Array | None, ...]):
         gathered = ExpertWeights(*(_gather_embed(weight, cast(Any, spec)) for weight, spec in zip(weights, specs, strict=True)))
-        out, routing, dropped = run(expert_axis, x, logits, bias, gathered, inputs)
+        out, routing, dropped = run(expert_axis, x, logits, bias, gathered, TokenInputs(*parts))
         if tensor > 1:
             out = lax.psum(out, "tensor")
         return out, routing, lax.psum(dropped, spread) if spread else dropped
 
     token = PartitionSpec(*rows[:2])
-    token_specs = jax.tree.map(lambda part: token if part.ndim == 2 else rows, inputs)
+    parts = (inputs.counts, inputs.fill, inputs.noise)
+    part_specs = tuple(None if part is None else (token if part.ndim == 2 else rows) for part in parts)
     mapped = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(rows, rows, None if bias is None else PartitionSpec(), specs, token_specs),
+        in_specs=(rows, rows, None if bias is None else PartitionSpec(), specs, part_specs),
         out_specs=(rows, rows, PartitionSpec()),
         check_vma=False,
     )
-    return mapped(x, logits, bias, weights, inputs)
+    return mapped(x, logits, bias, weights, parts)
 
 
 def _gather_embed(weight: Array, spec: PartitionSpec) -> Array:

@@ -58,7 +58,7 @@ class Router(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "M D"]) -> tuple[Float[Array, "M E"], Float[Array, "E"] | None]:
+    def __call__(self, x: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows E"], Float[Array, "E"] | None]:
         config, experts = self.config, self.config.num_experts
         shape = (experts, config.hidden_size)
         kernel = self.param("kernel", _normal(config, (None, "embed")), shape, jnp.dtype(config.param_dtype))

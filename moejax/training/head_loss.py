@@ -28,6 +28,7 @@ def head_cross_entropy(
     def local(features: Array, head: Array, targets: Array, weights: Array) -> Array:
         return cross_entropy(features.reshape(-1, features.shape[-1]), head, targets.reshape(-1), weights.reshape(-1))
 
+    targets, weights = jnp.asarray(targets), jnp.asarray(weights)
     if mesh is None:
         return local(features, head, targets, weights)
     filled = [_fill(mesh, part) for part in (features, targets, weights)]

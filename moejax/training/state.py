@@ -137,7 +137,7 @@ def _no_counts() -> Counters:
 
 
 def _create(model: Transformer, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-    params = init_parameters(model, key)
+    params = init_parameters(Transformer(model.config), key)
     return place_state(model, optimizer, TrainState(jnp.int32(0), params, optimizer.init(params), _no_counts()))
 
 
