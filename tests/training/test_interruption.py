@@ -25,7 +25,7 @@ def write_slowly(folder):
 
 def main(argv):
     with interruption() as interrupted, Saver(RunConfig(run_dir=argv[0], model=model), write_slowly) as saver:
-        saver.save(TrainState(np.int32(5), params, {"m": np.zeros(3)}))
+        saver.save(TrainState(np.int32(5), params, {"m": np.zeros(3)}, {}))
         time.sleep(float(argv[1]))
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupted()

@@ -104,9 +104,8 @@ from moejax.training.run_directory import hold_run_directory
 with hold_run_directory(RunConfig(run_dir=sys.argv[1])):
     child = os.fork()  # as a worker that outlives it
     if not child:
+        print(os.getpid(), flush=True)
         os.close(1)
-        time.sleep(60)
-    print(child, flush=True)
     time.sleep(60)
 """
 
