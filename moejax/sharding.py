@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax.config import MeshConfig, ModelConfig, UserError, divisors
@@ -42,12 +43,24 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with all axes by name; -1 takes the devices that are left. Axes are `Auto`: jit partitions, shard_map where written.
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    The later an axis, the nearer its devices: `tensor` gets the fastest links. Where devices form several slices, which only a
+    slower network joins, `data` runs across them. Raises UserError when the sizes do not multiply to the number of devices, or `data`
+    is no multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve_sizes(dict(zip(MESH_AXES, (data, fsdp, expert, context, tensor, stage), strict=True)), len(devices))
     shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh.data={sizes['data']} is no multiple of the {slices} slices that the devices form; only data runs across slices, "
+            f"set --mesh.data {slices} or a multiple of it"
+        )
+    within = (sizes["data"] // slices, *shape[1:])
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, *(1,) * (len(shape) - 1)), devices), MESH_AXES, axis_types=types)
 
 
 def mesh_of(config: MeshConfig, model: ModelConfig | None = None) -> Mesh | None:

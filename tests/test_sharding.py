@@ -52,6 +52,27 @@ def test_a_mesh_has_every_axis_by_name():
     assert moejax.make_mesh().size == jax.device_count()
 
 
+class Chip:
+    """As much of a device as laying out a mesh looks at."""
+
+    platform, device_kind, process_index = "made up", "made up", 0
+
+    def __init__(self, number: int, slice_index: int):
+        self.id, self.slice_index = number, slice_index
+
+    def __repr__(self):
+        return f"{self.slice_index}:{self.id}"
+
+
+def test_only_data_runs_across_slices():
+    chips = [Chip(number, number % 2) for number in range(8)]
+    mesh = moejax.make_mesh(data=4, fsdp=2, devices=chips)
+    for position, row in enumerate(mesh.devices.reshape(4, 2)):
+        assert {chip.slice_index for chip in row} == {position // 2}
+    with pytest.raises(UserError, match=r"mesh\.data=1 is no multiple of the 2 slices.*--mesh.data 2"):
+        moejax.make_mesh(fsdp=8, devices=chips)
+
+
 def test_the_rules_name_axes_of_the_mesh():
     assert {axis for axes in RULES.values() for axis in axes} <= set(MESH_AXES)
 
