@@ -129,6 +129,7 @@ def start_and_signal(place, environment, directory: str, step: int, number: int)
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_interrupted_is_the_run_that_was_not(run, place, environment):
     directory = place / "runs" / "stopped"
     status, _, _ = start_and_signal(place, environment, "runs/stopped", 5, signal.SIGKILL)

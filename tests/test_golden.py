@@ -15,7 +15,7 @@ from moejax.ops.routing import load_balance_loss, router_statistics
 
 CASES = [
     "mixtral_hf",
-    "mixtral_hf_sharded",
+    pytest.param("mixtral_hf_sharded", marks=pytest.mark.slow),  # the same kind of model, in files of another layout
     "mixtral_hf_sliding_window",
     "arctic_parallel",
     "arctic_interleaved",

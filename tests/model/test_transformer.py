@@ -38,7 +38,12 @@ def random_variables(model):
     return {"params": jax.tree.map(lambda a: jnp.asarray(random.normal(0.1, scale, a.shape), a.dtype), abstract_parameters(model.config))}
 
 
-@pytest.fixture(scope="module", params=WIRINGS)
+# The plain wirings of both families are those of the reference data, which test_golden.py compares with.
+PLAIN = ("mixtral", "arctic", "arctic, not parallel")
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow) if name in PLAIN else name for name in WIRINGS]
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
 def model_and_variables(request):
     model = Transformer(WIRINGS[request.param])
     return model, random_variables(model)
