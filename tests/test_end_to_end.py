@@ -268,7 +268,7 @@ CONFIGURATIONS = {
 # What is wrong with what the configuration points to: before any device is touched.
 PLACES = {
     "a family that is none": (["--model.family", "mixtrl"], ("model.family='mixtrl'", "did you mean 'mixtral'")),
-    "more than one device": (["--mesh.expert", "4"], ("mesh.expert=4", "not implemented")),
+    "a mesh of more devices than there are": (["--mesh.expert", "4"], ("mesh expert=4 takes 4 devices, but there are 1", "set one to -1")),
     "a run of a different model": (
         ["--run-dir", "begun", "--model.num-layers", "9"],
         ("begun", "model.num_layers was 2 and is now 9", "--run-dir"),
