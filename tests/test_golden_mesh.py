@@ -1,7 +1,7 @@
 """The reference implementations' numbers on eight devices: what test_golden.py holds one device to, within the same bounds.
 
 Each case has a mesh that its sizes divide. One kind of dispatch is run with everything; the others forward only, as
-tests/model/test_mesh.py compares gradients on every mesh.
+tests/model/test_transformer_mesh.py compares gradients on every mesh.
 """
 
 import dataclasses
