@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.cli import parse_run, run_command
-from moejax.config import RunConfig, UserError
+from moejax.config import MeshConfig, RunConfig, UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -77,12 +77,13 @@ def train(config: RunConfig) -> None:
     get_family(config.model.family)
     require_wandb(config)
     start = initial.find_start(config)
-    mesh = mesh_of(config.mesh, config.model)
+    if config.mesh != MeshConfig():  # one that the devices cannot be is answered before text is read; the default one always works
+        mesh_of(config.mesh, config.model)
     with hold_run_directory(config, log):
-        train_from(config, start, mesh, began)
+        train_from(config, start, began)
 
 
-def train_from(config: RunConfig, start: "Start | None", mesh: "Mesh | None", began: float) -> None:
+def train_from(config: RunConfig, start: "Start | None", began: float) -> None:
     """Data, model, loop, evaluation, a sample."""
     from moejax.data import batches, curriculum
     from moejax.data.prepare import prepare
@@ -100,10 +101,12 @@ def train_from(config: RunConfig, start: "Start | None", mesh: "Mesh | None", be
         log(line)
     # Only now what compiles and what touches the device: mistakes so far were answered at once.
     from moejax.model.transformer import Transformer
+    from moejax.sharding import mesh_of
     from moejax.training.curriculum_figure import draw_curriculum
     from moejax.training.loop import Trainer
     from moejax.training.placement import rows_of_process
 
+    mesh = mesh_of(config.mesh, config.model)
     process, processes = rows_of_process(mesh, config.train.batch_size)
     batches_from = functools.partial(
         batches.batches_from, config.data, data.rows, config.train.batch_size, process_index=process, process_count=processes

@@ -269,7 +269,6 @@ CONFIGURATIONS = {
 # What is wrong with what the configuration points to: before any device is touched.
 PLACES = {
     "a family that is none": (["--model.family", "mixtrl"], ("model.family='mixtrl'", "did you mean 'mixtral'")),
-    "more than one device": (["--mesh.expert", "4"], ("mesh.expert=4", "not implemented")),
     "a run of a different model": (
         ["--run-dir", "begun", "--model.num-layers", "9"],
         ("begun", "model.num_layers was 2 and is now 9", "--run-dir"),
@@ -313,6 +312,25 @@ def test_a_mistake_is_one_message_before_any_device_is_touched(mistakes, case):
     assert case == "wrong type" or (ended["err"].startswith("error: ") and ended["err"].count("\n") == 1)
     assert not ended["started"]
     assert case in PLACES or not ended["imported"]
+
+
+# Meshes that cannot be: the devices must be asked, but no text is read.
+MESHES = {
+    "more devices than there are": (
+        ["--mesh.expert", "4", "--mesh.fsdp", "1"],
+        ("mesh expert=4 takes 4 devices, but there are 1", "to -1"),
+    ),
+    "two axes left over": (["--mesh.stage", "-1", "--mesh.fsdp", "-1"], ("mesh axes fsdp and stage are both -1",)),
+}
+
+
+def test_a_mesh_that_cannot_be_is_one_message(tmp_path):
+    ended = misuse(TRAIN, MESHES, tmp_path)
+    for case, (_, parts) in MESHES.items():
+        assert ended[case]["status"] == 2, ended[case]["err"]
+        assert [part for part in parts if part not in ended[case]["err"]] == [], ended[case]["err"]
+        assert ended[case]["err"].startswith("error: ") and ended[case]["err"].count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def hf_config(**changes) -> str:

@@ -5,7 +5,7 @@ import importlib
 from moejax.cli import parse, run_command
 from moejax.config import UserError
 
-BENCHMARKS = ("train", "save", "storage_order", "convert", "data")
+BENCHMARKS = ("train", "save", "storage_order", "convert", "data", "tpu_compile")
 
 
 def main(argv: list[str]) -> None:

@@ -40,13 +40,14 @@ ARCTIC_480B = ModelConfig(
 def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The ModelConfig of an Arctic config.json; absent keys take the defaults of the reference's ArcticConfig.
 
-    Those defaults are not the published model's: one expert per token, MoE in every second layer, no residual MLP. Fields of the
-    DeepSpeed path (capacities, token dropping) do not reach the plain path that is computed here; `sink_size` is read by no
-    reference code. Raises UserError, naming `where` and the field, for wrong types and for what the forward pass does not compute.
+    Those defaults are not the published model's: one expert per token, MoE in every second layer, no residual MLP. Capacities and token
+    dropping of the DeepSpeed path are kept for dispatch capacity, the factor of training alone; the dispatch stays auto, which drops
+    nothing, as the reference's plain path. `sink_size` is read by no reference code. Raises UserError, naming `where` and the field,
+    for wrong types and for what the forward pass does not compute.
     """
     reader = ConfigReader(values, where)
     if reader.boolean("moe_token_dropping", True):  # without dropping, DeepSpeed's path computes what the plain one does
-        why = "only the plain path, which drops no token, is implemented; set it, or moe_token_dropping, to false to load the weights so"
+        why = "a loaded model drops no token, as the plain path; set it, or moe_token_dropping, to false to load the weights so"
         reader.require("use_deepspeed_moe_implementation", (False,), why)
     reader.require("quantization", (), "quantising at run time is not implemented; set it to null to load the weights as they are")
     heads = reader.integer("num_attention_heads", 32)
@@ -74,6 +75,9 @@ def config_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mod
         # The reference's eager attention sees 0 <= i - j <= W: one key more than Mixtral's window of the same number.
         attention_window=None if window is None else window + 1,
         router_aux_loss_coefficient=reader.number("router_aux_loss_coef", 0.001),
+        capacity_factor=reader.number("moe_train_capacity_factor", 1.0),
+        min_capacity=reader.integer("moe_min_capacity", 0),
+        drop_tokens=reader.boolean("moe_token_dropping", True),
     )
 
 
@@ -82,7 +86,11 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     values = write_common(config) | {
         "architectures": ["ArcticForCausalLM"],
         "model_type": "arctic",
+        "moe_eval_capacity_factor": config.capacity_factor,
         "moe_layer_frequency": config.moe_every,
+        "moe_min_capacity": config.min_capacity,
+        "moe_token_dropping": config.drop_tokens,
+        "moe_train_capacity_factor": config.capacity_factor,
         "parallel_attn_mlp_res": config.residual_mlp,
         "sliding_window": None if config.attention_window is None else config.attention_window - 1,
         "use_residual": config.residual_mlp,

@@ -32,7 +32,8 @@ class Attention(nn.Module):
 
         def split_heads(name: str, axis: str, heads: int) -> Array:
             out = Projection(config, (heads * width, size), (axis, "embed"), name=name)(x)
-            return out.reshape(*x.shape[:2], heads, width)
+            # Said before the rotation: there the partitioner would divide the time over the heads' axis, and undo it by a whole copy.
+            return constrain(out.reshape(*x.shape[:2], heads, width), self.mesh, "batch", "time", axis, None)
 
         query = rotate(split_heads("query", "heads", config.num_heads), rotation)
         key = rotate(split_heads("key", "kv_heads", config.num_kv_heads), rotation)

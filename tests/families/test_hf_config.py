@@ -148,7 +148,7 @@ def test_what_is_not_computed_is_refused_by_name(family, values, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"use_deepspeed_moe_implementation": True}, "only the plain path"),
+        ({"use_deepspeed_moe_implementation": True}, "drops no token, as the plain path"),
         ({"quantization": {"q_bits": 8}}, "quantising at run time is not implemented"),
         ({"head_dim": 64}, "head_dim is 64; expected 128"),
         ({"sliding_window": 0}, "sliding_window is 0"),
@@ -163,6 +163,16 @@ def test_arctics_deepspeed_path_is_read_where_it_drops_nothing():
     read = get_family("arctic").config_from_hf
     plain = read({"moe_token_dropping": False}, "config.json")
     assert read({"use_deepspeed_moe_implementation": True, "moe_token_dropping": False}, "config.json") == plain
+
+
+def test_arctics_capacities_are_kept_for_dispatch_capacity():
+    family = get_family("arctic")
+    values = {"moe_train_capacity_factor": 1.5, "moe_eval_capacity_factor": 2, "moe_min_capacity": 4, "moe_token_dropping": False}
+    config = family.config_from_hf(values, "config.json")
+    assert (config.capacity_factor, config.min_capacity, config.drop_tokens, config.dispatch) == (1.5, 4, False, "auto")
+    assert family.config_from_hf(family.config_to_hf(config), "config.json") == config
+    with pytest.raises(UserError, match="moe_min_capacity is 'few'; expected a whole number"):
+        family.config_from_hf({"moe_min_capacity": "few"}, "config.json")
 
 
 @pytest.mark.parametrize(
