@@ -22,7 +22,7 @@ from moejax.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, AtOnce
 from moejax.config import DistributedConfig, UserError
 
 EXIT_LOST_PROCESS = 75  # EX_TEMPFAIL of sysexits.h: start it again
-HEARTBEAT_SECONDS = 45  # without a sign of life after which a process counts as gone
+HEARTBEAT_SECONDS = 30  # without a sign of life after which a process counts as gone
 PARTING_SECONDS = 120  # for the first process to finish what it alone does at the end
 _GCE_ENDPOINTS = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _LOST = re.compile(

@@ -18,7 +18,7 @@ NEVER_MET = (
 )
 # Lines of the runtime's log, as "E1121 23:12:34.337366   26040 coordination_service_agent.cc:289] ...", that come before the last one.
 _FOREBODING = re.compile(r"[IWE]\d{4} \S+ +\d+ \S*(coordination_service|preemption|distributed_runtime|client\.h|client\.cc|grpc)\S*\]")
-_CONTINUED = re.compile(r"Additional GRPC error information|:UNKNOWN:")
+_CONTINUED = re.compile(r"Additional GRPC error information|:UNKNOWN:|\d+$|The tasks have crashed")
 _END = re.compile(r"F\d{4} .*(JAX distributed service detected fatal errors|coordination service)")
 
 

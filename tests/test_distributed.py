@@ -43,16 +43,17 @@ class Job:
 
     def __init__(self, place: Path, count: int, directory: str, *options: str, steps: int = STEPS) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "JAX_NUMPY_RANK_PROMOTION"}
-        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}"}
+        flags = f"--xla_force_host_platform_device_count={DEVICES // count} --xla_backend_optimization_level=0"  # most of it is compiling
+        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(place / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         command = [sys.executable, str(ROOT / "train.py"), "--run-dir", directory, "--train.steps", str(steps), *OPTIONS, *options]
         meeting = ["--distributed.coordinator", f"localhost:{free_port()}", "--distributed.num-processes", str(count)]
         self.directory, self.logs = place / directory, [place / f"{directory}.{number}.{count}.txt" for number in range(count)]
         self.processes = []
         for number, log in enumerate(self.logs):
-            flags = [*meeting, "--distributed.process-id", str(number)] if count > 1 else []
+            place_of_process = [*meeting, "--distributed.process-id", str(number)] if count > 1 else []
             with log.open("w") as file:
-                started = subprocess.Popen([*command, *flags], cwd=place, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                started = subprocess.Popen([*command, *place_of_process], cwd=place, env=environment, stdout=file, stderr=subprocess.STDOUT)
             self.processes.append(started)
 
     def wait(self, seconds: float = 240) -> list[int]:
@@ -153,7 +154,8 @@ def test_two_go_on_and_are_killed_and_go_on(place, four, straight):
     assert [line for line in job.lines(0) if line.startswith("resuming")] == ["resuming two at step 4"]
     job.processes[1].send_signal(signal.SIGKILL)
     started = time.monotonic()
-    assert job.wait(60) == [distributed.EXIT_LOST_PROCESS, -signal.SIGKILL], job.say()
+    status = job.wait(60)
+    assert status[0] in (distributed.EXIT_LOST_PROCESS, -signal.SIGABRT) and status[1] == -signal.SIGKILL, job.say()
     assert time.monotonic() - started < 60
     assert job.lines(0)[-1] == relay.LOST
     assert sum(line.startswith(("error", "Traceback")) for line in job.lines(0)) == 1

@@ -17,7 +17,9 @@ OTHER = ["W1121 23:12:34.337371   26040 spmd_partitioner.cc:656] something to kn
 
 
 def test_the_runtime_s_end_is_one_line():
-    assert list(relay.relay([*OTHER, AGENT, ":UNKNOWN:Error received from peer\n", END, *STACK])) == [*OTHER, relay.LOST + "\n"]
+    assert list(
+        relay.relay([*OTHER, AGENT, ":UNKNOWN:Error received from peer\n", "1\n", "The tasks have crashed. Check\n", END, *STACK])
+    ) == [*OTHER, relay.LOST + "\n"]
 
 
 def test_processes_that_never_met_are_told_apart():
