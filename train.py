@@ -7,21 +7,26 @@
     python train.py configs/arctic_480b.py --data-plan       what is read when: stages, domains, tokens, epochs; nothing is prepared
 
 The run lives in runs/<name> (or --run-dir): config.json, data.json, tokenizer.model, metrics.jsonl, checkpoints/ and more
-(docs/training.md). The same command goes on where the run stopped; `moejax-report runs/<name>` makes a page of it.
+(docs/training.md). The same command goes on where the run stopped; `moejax-report runs/<name>` makes a page of it. Several hosts run the
+same command each: docs/meshes.md.
 """
 
+import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.cli import parse_run, run_command
 from moejax.config import MeshConfig, RunConfig, UserError
+from moejax.distributed import ending_together, is_first, join_processes
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from moejax.data.prepare import Prepared
     from moejax.training.evaluation import EvaluationSet
     from moejax.training.initial import Start
 
@@ -46,14 +51,11 @@ def main(argv: list[str]) -> None:
         print(describe_plan(config, find_prepared_tokens(config.data, config.model.vocab_size, Path(config.directory))))
     if flags:
         return
-    from moejax.training.saving import steps_to_take
+    join_processes(config.distributed)
+    with ending_together(), explaining_full_disk(config):
+        from moejax.training.saving import steps_to_take
 
-    config = replace(config, train=replace(config.train, steps=steps_to_take(config)))
-    try:
-        train(config)
-    except OSError as error:
-        explain_full_disk(config, error)
-        raise
+        train(replace(config, train=replace(config.train, steps=steps_to_take(config))))
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -66,7 +68,7 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def train(config: RunConfig) -> None:
-    """The main job, in a directory that is this process's alone."""
+    """The main job, in a directory that is this process's alone, or that of the processes it is the first of."""
     began = time.perf_counter()
     from moejax.families import get_family
     from moejax.sharding import mesh_of
@@ -79,23 +81,17 @@ def train(config: RunConfig) -> None:
     start = initial.find_start(config)
     if config.mesh != MeshConfig():  # one that the devices cannot be is answered before text is read; the default one always works
         mesh_of(config.mesh, config.model)
-    with hold_run_directory(config, log):
+    with hold_run_directory(config, log) if is_first() else contextlib.nullcontext():
         train_from(config, start, began)
 
 
 def train_from(config: RunConfig, start: "Start | None", began: float) -> None:
     """Data, model, loop, evaluation, a sample."""
     from moejax.data import batches, curriculum
-    from moejax.data.prepare import prepare
     from moejax.training import initial
-    from moejax.training.run_directory import claim_run_directory
 
-    directory = claim_run_directory(config)
-    if start is not None:
-        initial.keep_companions(start, directory)
-    elif config.init_from:
-        log(f"{directory} goes on from its own checkpoint; {config.init_from} is not read again (another --run-dir starts anew)")
-    data = prepare(config.data, config.model.vocab_size, directory, log, start and start.tokenizer)
+    directory = Path(config.directory)
+    data = prepare_data(config, directory, start)
     sizes = {name: len(rows) for name, rows in data.rows.items()}
     for line in curriculum.describe_repeats(config.data, sizes, config.train.batch_size, config.steps):
         log(line)
@@ -121,9 +117,32 @@ def train_from(config: RunConfig, start: "Start | None", began: float) -> None:
             f"{directory} is done: it has trained for {int(state.step)} steps. Train longer with --train.steps, or elsewhere with --run-dir"
         )
     state = trainer.run(state)
-    report(config, trainer.evaluate(state), data.held_out)
-    draw_curriculum(directory, config, directory / "curriculum.png", log)
+    bits_per_byte = trainer.evaluate(state)
+    if is_first():
+        report(config, bits_per_byte, data.held_out)
+        draw_curriculum(directory, config, directory / "curriculum.png", log)
     print_sample(config, trainer.model, state.params, data.tokenizer)
+
+
+def prepare_data(config: RunConfig, directory: Path, start: "Start | None") -> "Prepared":
+    """The run's directory and its data; several processes take turns, and the others find what the first has made."""
+    from moejax.checkpoint.processes import first_before_others, require_alike
+    from moejax.data.prepare import prepare
+    from moejax.training import initial
+    from moejax.training.run_directory import claim_run_directory, require_shared
+
+    with first_before_others("prepared"):
+        if not is_first():
+            require_shared(directory)
+        else:
+            claim_run_directory(config)
+            if start is not None:
+                initial.keep_companions(start, directory)
+            elif config.init_from:
+                log(f"{directory} goes on from its own checkpoint; {config.init_from} is not read again (another --run-dir starts anew)")
+        data = prepare(config.data, config.model.vocab_size, directory, log, start and start.tokenizer)
+    require_alike("the text of the data domains gives other tokens", data.checksums)
+    return data
 
 
 def load_initial_weights(config: RunConfig, mesh: "Mesh | None") -> Any:
@@ -137,11 +156,16 @@ def load_initial_weights(config: RunConfig, mesh: "Mesh | None") -> Any:
     return stacked if config.model.scan_layers else unstack_layers(stacked, config.model)
 
 
-def explain_full_disk(config: RunConfig, error: OSError) -> None:
-    """Raises UserError where a write found no room (metrics, tokenizer); checkpoints say so themselves."""
-    from moejax.checkpoint.atomic import FULL_DISK_ERRORS
+@contextlib.contextmanager
+def explaining_full_disk(config: RunConfig) -> Iterator[None]:
+    """Raises UserError where a write within it found no room (metrics, tokenizer); checkpoints say so themselves."""
+    try:
+        yield
+    except OSError as error:
+        from moejax.checkpoint.atomic import FULL_DISK_ERRORS
 
-    if error.errno in FULL_DISK_ERRORS:
+        if error.errno not in FULL_DISK_ERRORS:
+            raise
         raise UserError(
             f"no room to write in the run directory {config.directory} ({error.strerror}); checkpoints saved so far are unchanged; make "
             "room and give the same command again, or choose another --run-dir"
@@ -185,8 +209,9 @@ def print_sample(config: RunConfig, model, params, tokenizer) -> None:
 
 
 def log(line: str) -> None:
-    """A line to stdout, at once."""
-    print(line, flush=True)
+    """A line to stdout, at once; of several processes, the first one speaks."""
+    if is_first():
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the named device mesh; -1 takes the devices that are left. One device for now."""
+    """Sizes of the named device mesh; -1 takes the devices that are left."""
 
     data: int = 1
     fsdp: int = -1
@@ -142,6 +142,31 @@ class MeshConfig:
         if sum(size == -1 for size in sizes.values()) > 1:
             unknown = [name for name, size in sizes.items() if size == -1]
             raise UserError(f"mesh axes {' and '.join(unknown)} are both -1; only one axis can take the devices that are left")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Which of several processes this is, where the environment does not say so by itself (docs/meshes.md): all three or none."""
+
+    coordinator: str | None = None  # HOST:PORT at which process 0 waits for the others
+    process_id: int | None = None  # from 0
+    num_processes: int | None = None
+    timeout: int = 300  # seconds within which all of them must have met
+
+    def __post_init__(self) -> None:
+        require_types("distributed", self)
+        require_positive("distributed", self, "num_processes", "timeout")
+        given = {name: getattr(self, name) for name in ("coordinator", "process_id", "num_processes")}
+        missing = [f"--distributed.{name.replace('_', '-')}" for name, value in given.items() if value is None]
+        if 0 < len(missing) < len(given):
+            raise UserError(f"one of several processes needs {' and '.join(missing)} too; set it, or none of the three")
+        if self.coordinator is None or self.process_id is None or self.num_processes is None:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise UserError(f"distributed.coordinator={self.coordinator!r} is no address; expected HOST:PORT, as 10.0.0.2:8476")
+        if not 0 <= self.process_id < self.num_processes:
+            raise UserError(f"distributed.process_id={self.process_id} must lie between 0 and {self.num_processes - 1}")
 
 
 @dataclass(frozen=True)
@@ -239,6 +264,7 @@ class RunConfig:
     init_from: str | None = None  # a checkpoint whose weights and tokenizer the run starts with; "": one must be named by --init-from
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -305,6 +331,7 @@ def run_from_json(values: dict[str, Any], where: str = "run config") -> RunConfi
         init_from=values.get("init_from"),  # younger than some runs
         model=model_from_json(values["model"], where),
         mesh=_from_json(MeshConfig, values["mesh"], where),
+        distributed=_from_json(DistributedConfig, values.get("distributed", {}), where),  # younger than some runs
         data=_from_json(DataConfig, data, where),
         train=_from_json(TrainConfig, values["train"], where),
         sample=_from_json(SampleConfig, values["sample"], where),

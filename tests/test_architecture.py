@@ -85,7 +85,8 @@ def test_every_module_says_what_it_is_for():
 def test_tests_mirror_the_package():
     """A test file stands where its module stands, so that one finds it without looking."""
     top_level = {
-        "test_architecture.py", "test_end_to_end.py", "test_golden.py", "test_golden_capacity.py", "test_golden_mesh.py", "test_notebooks.py",
+        "test_architecture.py", "test_end_to_end.py", "test_golden.py", "test_golden_capacity.py", "test_golden_mesh.py",
+        "test_notebooks.py",
     }  # fmt: skip
     strays = []
     for file in (ROOT / "tests").rglob("test_*.py"):

@@ -9,6 +9,7 @@ import pytest
 
 from moejax.config import (
     DataConfig,
+    DistributedConfig,
     Domain,
     MeshConfig,
     ModelConfig,
@@ -73,6 +74,12 @@ REFUSED = {
     "a negative warm-up": (lambda: TrainConfig(warmup_steps=-1), ("train.warmup_steps=-1", "not be negative")),
     "a negative temperature": (lambda: SampleConfig(temperature=-0.5), ("sample.temperature=-0.5", "not be negative")),
     "an empty nucleus": (lambda: SampleConfig(top_p=0.0), ("sample.top_p=0.0", "above 0")),
+    "one of several processes half said": (
+        lambda: DistributedConfig(process_id=1),
+        ("--distributed.coordinator and --distributed.num-processes", "none of the three"),
+    ),
+    "a coordinator without a port": (lambda: DistributedConfig("host", 0, 2), ("distributed.coordinator='host'", "HOST:PORT")),
+    "a process too many": (lambda: DistributedConfig("host:1", 2, 2), ("distributed.process_id=2", "between 0 and 1")),
     "rows longer than the model": (
         lambda: RunConfig(model=ModelConfig(max_length=64), data=DataConfig(sequence_length=128)),
         ("data.sequence_length=128", "model.max_length=64", "--model.max-length"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +17,7 @@ from moejax.checkpoint.atomic import write_directory
 from moejax.config import UserError
 
 WAIT_SECONDS = 1200  # for the slowest process, as Orbax waits
+A_WEEK = 7 * 24 * 3600
 _LONGEST_TEXT = 4096
 _barriers = itertools.count()
 
@@ -59,14 +63,32 @@ def gather(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in said]
 
 
-def wait_for_all(what: str) -> None:
+def wait_for_all(what: str, seconds: int = WAIT_SECONDS) -> None:
     """Returns when every process is here."""
     if jax.process_count() > 1:
-        _wait_for_all(f"moejax-{what}-{next(_barriers)}")
+        _wait_for_all(f"moejax-{what}-{next(_barriers)}", seconds)
 
 
-def _wait_for_all(name: str) -> None:
+@contextlib.contextmanager
+def first_before_others(what: str) -> Iterator[None]:
+    """The first process is within alone; the others follow together, however long it took, and find what it has left."""
+    if jax.process_index() != 0:
+        wait_for_all(what, A_WEEK)
+    yield
+    if jax.process_index() == 0:
+        wait_for_all(what, A_WEEK)
+
+
+def require_alike(what: str, values: Any) -> None:
+    """Raises UserError, in every process, unless `values` (JSON) are the same in all of them."""
+    said = gather(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
+    others = [str(process) for process, text in enumerate(said) if text != said[0]]
+    if others:
+        raise UserError(f"{what} in process {', '.join(others)} of {len(said)} other than in process 0")
+
+
+def _wait_for_all(name: str, seconds: int = WAIT_SECONDS) -> None:
     """Asks the processes' coordinator and no device, whose queue is the main thread's."""
     from orbax.checkpoint import multihost
 
-    multihost.get_barrier_sync_fn()(key=name, timeout_ms=WAIT_SECONDS * 1000)
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=seconds * 1000)

@@ -33,11 +33,12 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data ready to train on: the tokenizer, the training rows and the held-out documents of each domain, by name."""
+    """Data ready to train on: the tokenizer; the training rows, the held-out documents and the checksum of each domain, by name."""
 
     tokenizer: Tokenizer
     rows: dict[str, Rows]
     held_out: dict[str, list[Document]]
+    checksums: dict[str, str]
 
 
 class DomainText:
@@ -104,7 +105,8 @@ def prepare(
     keys = {domain.name: settings_key(data, domain, tokenizer) for domain in data.sources}
     write_record(place, data, entries, keys)
     rows = {name: entry.rows(data.sequence_length) for name, entry in entries.items()}
-    return Prepared(tokenizer, rows, {name: entry.held_out() for name, entry in entries.items()})
+    held_out = {name: entry.held_out() for name, entry in entries.items()}
+    return Prepared(tokenizer, rows, held_out, {name: entry.checksum for name, entry in entries.items()})
 
 
 def prepare_entries(

@@ -183,5 +183,6 @@ def _choose(experts: int, rows: int, per_token: int, size: int, platform: str) -
         kind, why = "gather", f"it moves {gathered:,} elements a device and layer, ragged {ragged:,}"
     else:
         kind, why = "ragged", f"it moves {ragged:,} elements a device and layer, gather {gathered:,}"
-    print(f"dispatch auto: {kind} over mesh.expert={experts}, as {why}", file=sys.stderr)
+    if jax.process_index() == 0:
+        print(f"dispatch auto: {kind} over mesh.expert={experts}, as {why}", file=sys.stderr)
     return kind

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from moejax.config import RunConfig
 from moejax.model.transformer import Transformer
 from moejax.training.evaluation import EvaluationSet, evaluate
-from moejax.training.interruption import interruption
+from moejax.training.interruption import Agreement, interruption
 from moejax.training.placement import place_batches
-from moejax.training.recorder import Recorder
+from moejax.training.recorder import Recorder, Silence
 from moejax.training.saving import Saver
 from moejax.training.state import TrainState, abstract_state, begin_state, create_optimizer, create_state
 from moejax.training.step import check_finite, step_options, train_step
@@ -47,8 +49,8 @@ class Trainer:
         """Trains to config.steps, saving on the way and when interrupted (then KeyboardInterrupt is raised)."""
         train, steps = self.config.train, self.config.steps
         start, options = int(state.step), step_options(train)
-        opened = Recorder(self.config, start, self.log, began=self.began)
-        with interruption() as interrupted, opened as recorder, self.saver as saver:
+        with interruption() as own, self.open_recorder(start, self.began) as recorder, self.saver as saver:
+            interrupted = Agreement(own)
             batches = place_batches(self.model.mesh, train.batch_size, self.batches_from(saver.first_batch(start)))
             before = None  # the metrics of the step before: known by now, so that looking at them waits for nothing
             for done in range(start + 1, steps + 1):
@@ -75,15 +77,22 @@ class Trainer:
                 check_finite(before, train, steps)
             with recorder.timing("save"):
                 saver.wait()
-            if interrupted():  # during the last save or before the first step: nothing is left to save
+            if interrupted.settle():  # during the last save or before the first step: nothing is left to save
                 raise KeyboardInterrupt
         return state
 
-    def evaluate(self, state: TrainState, recorder: Recorder | None = None) -> dict[str, float]:
+    def open_recorder(self, start: int, began: float | None = None) -> Recorder | Silence:
+        """What the run tells from step `start` on; of several processes, the first one tells it."""
+        if jax.process_index() != 0:
+            return Silence()
+        length = self.config.data.sequence_length
+        return Recorder(self.config, start, self.log, began=began, tokens_at=lambda step: self.saver.rows_read(step) * length)
+
+    def evaluate(self, state: TrainState, recorder: Recorder | Silence | None = None) -> dict[str, float]:
         """Bits per byte of each domain's held-out text; one row a domain goes to metrics.jsonl, once a step."""
         step = int(state.step)
         if recorder is None:
-            with Recorder(self.config, step, self.log) as recorder:
+            with self.open_recorder(step) as recorder:
                 return self.evaluate(state, recorder)
         results = {}
         for domain, held_out in self.evaluation.items():

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -106,3 +107,16 @@ def place_batch(mesh: Mesh, batch_size: int, batch: Any) -> Any:
         return jax.make_array_from_process_local_data(sharding, part, shape)
 
     return jax.tree.map(place, batch)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The values of an array on the host, also where parts of it lie on other processes' devices; all of them call this."""
+    if not array.is_fully_addressable and not array.is_fully_replicated:
+        assert isinstance(array.sharding, NamedSharding)
+        array = _spread(NamedSharding(array.sharding.mesh, PartitionSpec()), array)
+    return np.asarray(array)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _spread(sharding: NamedSharding, array: jax.Array) -> jax.Array:
+    return lax.with_sharding_constraint(array, sharding)

@@ -24,7 +24,8 @@ from moejax.training.trackers import TensorBoard, WeightsAndBiases, open_tracker
 class Recorder:
     """Metrics of a run from step `start` on. As a context, it ends with everything written.
 
-    `began` is when the command began, by `clock`; None: now. Raises UserError where Weights & Biases is wanted and not installed.
+    `began` is when the command began, by `clock`; None: now. `tokens_at` says how many tokens the run has read after a step, where that is
+    not a multiple of it. Raises UserError where Weights & Biases is wanted and not installed.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class Recorder:
         *,
         began: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        tokens_at: Callable[[int], int] | None = None,
     ) -> None:
         self.config, self.log, self.clock = config, log, clock
+        self.tokens_at = tokens_at or (lambda step: step * config.tokens_per_step)
         self.start, self.step = start, start  # the last step taken before, and so far
         self.began = clock() if began is None else began
         directory = Path(config.directory)
@@ -139,13 +142,14 @@ class Recorder:
         fetched = jax.device_get(list(metrics.values()))  # all at once
         values = {name: np.asarray(value).tolist() for name, value in zip(metrics, fetched, strict=True)}
         if "learning_rate" not in values:
-            values["learning_rate"] = float(jnp.asarray(self.schedule(step - 1)))
+            taken = step - int(values.get("skipped_steps", 0))  # the optimiser does not count a step that was skipped
+            values["learning_rate"] = float(jnp.asarray(self.schedule(max(taken - 1, 0))))
         devices = hardware.devices_of(metrics)
         peak = self._see_devices(devices)
         self._note_spent()
         steps, spent = step - self.row_step, self.row_spent
         self.row_step, self.row_spent = step, Spent()
-        row = {"step": step, "tokens": step * self.config.tokens_per_step, **values, **self._measure(steps, spent, peak)}
+        row = {"step": step, "tokens": self.tokens_at(step), **values, **self._measure(steps, spent, peak)}
         row["peak_memory_bytes"] = hardware.peak_memory_bytes(devices)[0]
         self.metrics_log.write(row)
         self._track(row)
@@ -177,7 +181,7 @@ class Recorder:
 
     def evaluation(self, step: int, domain: str, values: Mapping[str, float]) -> None:
         """Writes one domain's evaluation, in place of an earlier one of the same step."""
-        row = {"step": step, "tokens": step * self.config.tokens_per_step, "domain": domain, **values}
+        row = {"step": step, "tokens": self.tokens_at(step), "domain": domain, **values}
         self.metrics_log.write_evaluation(row)
         self._track(row)
         if "eval_bits_per_byte" in values:
@@ -191,3 +195,23 @@ class Recorder:
     def _track(self, row: Mapping[str, Any]) -> None:
         for tracker in self._open_trackers():
             tracker.write(row)
+
+
+class Silence:
+    """In place of a Recorder where several processes train together: the first one tells of the run, the others nothing."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def timing(self, part: str) -> contextlib.AbstractContextManager[None]:
+        """Counts nothing."""
+        return contextlib.nullcontext()
+
+    def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Looks at nothing."""
+
+    def evaluation(self, step: int, domain: str, values: Mapping[str, float]) -> None:
+        """Writes nothing."""

@@ -100,6 +100,15 @@ def claim_run_directory(config: RunConfig) -> Path:
     return directory
 
 
+def require_shared(directory: Path) -> None:
+    """Raises UserError where the first of several processes has made the run's directory and this one does not see it."""
+    if not (directory / "config.json").exists():
+        raise UserError(
+            f"the run directory {directory} that process 0 has made is not to be seen here; name one on a file system that all hosts share "
+            "with --run-dir"
+        )
+
+
 def _cannot_write(directory: Path, error: OSError) -> UserError:
     return UserError(f"cannot write the run directory {directory}: {error.strerror}; choose another with --run-dir")
 

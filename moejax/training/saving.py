@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from moejax.checkpoint.manifest import DamagedCheckpoint
 from moejax.checkpoint.processes import gather, wait_for_all
 from moejax.cli import AtOnce
 from moejax.config import RunConfig, UserError, to_json
+from moejax.distributed import is_lost_process
 from moejax.model.transformer import stack_layers, unstack_layers
 from moejax.training.state import TrainState, rebuild, stored_part
 
@@ -37,8 +39,11 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        """Waits; not where an interruption is to act at once. What ended the run is raised before what ended the checkpoint."""
-        if isinstance(error, AtOnce):
+        """Waits; not where an interruption is to act at once, nor for a process that is gone, with which no checkpoint becomes whole.
+
+        What ended the run is raised before what ended the checkpoint.
+        """
+        if isinstance(error, AtOnce) or (error is not None and is_lost_process(error)):
             return
         try:
             self.wait()
@@ -152,7 +157,9 @@ class Saver:
         params = store.restore_params(directory, model, sharding=stacked and _list_shardings(stacked), verify=False)
         if stacked is None:
             params = jax.tree.map(jax.device_put, unstack_layers(params, model), _list_shardings(target.params))
-        return rebuild(step, params, store.restore_optimizer(directory, stored_part(target), verify=False))
+        state = rebuild(step, params, store.restore_optimizer(directory, stored_part(target), verify=False))
+        placed = getattr(target.step, "sharding", None)  # as every step leaves it: another place would be another program to compile
+        return state if placed is None else dataclasses.replace(state, step=jax.device_put(state.step, placed))
 
     def _set_aside(self, damaged: list[tuple[Path, str]], instead: Path) -> None:
         if not damaged:

@@ -131,6 +131,21 @@ def test_a_rate_of_learning_that_the_step_does_not_tell_is_the_schedule_s(tmp_pa
     assert [row["learning_rate"] for row in read_rows(tmp_path)] == [0.25, 0.5]
 
 
+def test_skipped_steps_do_not_move_the_rate_of_learning(tmp_path, clock):
+    config = make_config(tmp_path, steps=4, warmup_steps=4, learning_rate=1.0, log_every=1)
+    with Recorder(config, 0, print, clock=clock) as recorder:
+        take_steps(recorder, clock, (1, 2, 3, 4), lambda step: {"loss": jnp.float32(1), "skipped_steps": jnp.int32(step >= 3)})
+    assert [row["learning_rate"] for row in read_rows(tmp_path)] == [0.25, 0.5, 0.5, 0.75]
+
+
+def test_tokens_are_those_that_the_run_has_read(tmp_path, clock):
+    """Another batch size before a restart: they are no multiple of the step."""
+    with Recorder(make_config(tmp_path, steps=4, log_every=1), 2, print, clock=clock, tokens_at=lambda step: 1000 + step) as recorder:
+        take_steps(recorder, clock, (3, 4))
+        recorder.evaluation(4, "code", {"eval_bits_per_byte": 1.0})
+    assert [row["tokens"] for row in read_rows(tmp_path)] == [1003, 1004, 1004]
+
+
 class Unready:
     """A metric that may not be looked at."""
 
