@@ -149,9 +149,12 @@ def test_json_of_an_older_version_keeps_defaults():
     values = to_json(ModelConfig(num_experts=16))
     del values["scan_layers"]
     assert model_from_json(values) == ModelConfig(num_experts=16)
+    run = to_json(RunConfig())
+    del run["distributed"]
+    assert run_from_json(run) == RunConfig()
 
 
-@pytest.mark.parametrize("section", ["model", "mesh", "data", "train", "sample"])
+@pytest.mark.parametrize("section", ["model", "mesh", "distributed", "data", "train", "sample"])
 def test_json_with_an_unknown_field_names_the_nearest(section):
     values = to_json(RunConfig())
     field = next(iter(values[section]))

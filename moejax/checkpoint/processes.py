@@ -72,6 +72,9 @@ def wait_for_all(what: str, seconds: int = WAIT_SECONDS) -> None:
 @contextlib.contextmanager
 def first_before_others(what: str) -> Iterator[None]:
     """The first process is within alone; the others follow together, however long it took, and find what it has left."""
+    if not jax.distributed.is_initialized():  # alone: mistakes in the text are told before any device is touched
+        yield
+        return
     if jax.process_index() != 0:
         wait_for_all(what, A_WEEK)
     yield
@@ -81,6 +84,8 @@ def first_before_others(what: str) -> Iterator[None]:
 
 def require_alike(what: str, values: Any) -> None:
     """Raises UserError, in every process, unless `values` (JSON) are the same in all of them."""
+    if not jax.distributed.is_initialized():
+        return
     said = gather(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
     others = [str(process) for process, text in enumerate(said) if text != said[0]]
     if others:
