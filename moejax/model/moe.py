@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import flax.struct
+import numpy as np
 from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh
@@ -23,8 +24,8 @@ class RouterOutputs:
     weights: Float[Array, "*layers B T A"]
     experts: Int[Array, "*layers B T A"]
     statistics: RouterStatistics
-    first_choice_loss: Float[Array, "*layers"]  # the load-balance loss of dispatch capacity; 0 for the others
-    dropped: Int[Array, "*layers"]  # choices that found no room
+    first_choice_loss: Float[Array | np.ndarray, "*layers"]  # the load-balance loss of dispatch capacity; 0 for the others
+    dropped: Int[Array | np.ndarray, "*layers"]  # choices that found no room
 
 
 class MoE(nn.Module):
