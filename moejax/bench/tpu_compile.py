@@ -55,7 +55,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragg
 _INSTRUCTION = re.compile(r"= (?P<result>\(?[a-z0-9]+\[.*?) (?P<name>[a-z-]+)\(")
 _SHAPE = re.compile(r"[a-z0-9]+\[([0-9,]*)\]")
 _HOST = re.compile(r"is_host_transfer=true|custom_call_target=\"[^\"]*(?:callback|MoveToHost|MoveToDevice)[^\"]*\"")
-_MADE_UP = "%fake_parameter"  # operands of the partitioner's own estimates of costs, which are in no program
+_MADE_UP = "%fake_parameter"  # in no compiled program; taken for operands of the partitioner's own estimates of costs
 _COPIED_WHOLE = re.compile(r"involuntary full rematerialization", re.IGNORECASE)
 
 

@@ -94,7 +94,7 @@ def test_a_mesh_changes_nothing(mesh_name, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gather", "ragged", "auto"])
+@pytest.mark.parametrize("kind", ["gather", "ragged"])  # auto is one of them
 @pytest.mark.parametrize("mesh_name", MESHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_mesh_and_dispatch_changes_nothing(family, mesh_name, kind):
