@@ -55,7 +55,6 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragg
 _INSTRUCTION = re.compile(r"= (?P<result>\(?[a-z0-9]+\[.*?) (?P<name>[a-z-]+)\(")
 _SHAPE = re.compile(r"[a-z0-9]+\[([0-9,]*)\]")
 _HOST = re.compile(r"is_host_transfer=true|custom_call_target=\"[^\"]*(?:callback|MoveToHost|MoveToDevice)[^\"]*\"")
-_MADE_UP = "%fake_parameter"  # in no compiled program; taken for operands of the partitioner's own estimates of costs
 _COPIED_WHOLE = re.compile(r"involuntary full rematerialization", re.IGNORECASE)
 
 
@@ -142,7 +141,7 @@ def compile_program(program: Program, devices: list[Any]) -> dict[str, Any]:
     host_bytes = memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes + memory.host_temp_size_in_bytes
     failures = check_text(text, program, config) + check_sizes(sizes, mesh)
     failures += [f"{host_bytes} bytes lie in the host's memory"] if host_bytes else []
-    failures += [line.strip() for line in "".join(messages).splitlines() if _COPIED_WHOLE.search(line) and _MADE_UP not in line]
+    failures += [line.strip() for line in "".join(messages).splitlines() if _COPIED_WHOLE.search(line)]
     return {"mesh": program.mesh, "compile_seconds": seconds, **sizes, "collectives": count_collectives(text), "failures": failures}
 
 

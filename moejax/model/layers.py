@@ -7,10 +7,12 @@ import flax.linen as nn
 import jax
 from jax import Array
 from jax import numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from moejax.config import ModelConfig
 from moejax.ops.matmul import project
+from moejax.sharding import constrain
 
 Axes = tuple[str | None, ...]
 
@@ -87,13 +89,17 @@ class Embed(nn.Module):
     """The token embedding [V, D], also the head's weight where embeddings are tied. Not scaled."""
 
     config: ModelConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
         config = self.config
         shape = (config.vocab_size, config.hidden_size)
         table = self.param("embedding", _normal(config, ("vocab", "embed")), shape, jnp.dtype(config.param_dtype))
-        return table[tokens].astype(config.dtype), table
+        if self.mesh is None:
+            return table[tokens].astype(config.dtype), table
+        # Whole on every device while rows are looked up: each then adds up the gradients of its own rows, and no row travels.
+        return constrain(table.astype(config.dtype), self.mesh, None, None)[tokens], table
 
 
 class Head(nn.Module):

@@ -151,7 +151,7 @@ class Transformer(nn.Module):
         real = _real_tokens(mask, segments)
         tokens, real, positions, segments, router_noise, fill = self._fill_up(tokens, real, positions, segments, router_noise, cache)
         inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill)
-        x, embedding = Embed(config, name="embed")(tokens)
+        x, embedding = Embed(config, self.mesh, name="embed")(tokens)
         embedded = x
         x, cache, hidden, router = self._run_layers(x, cache, inputs, router_noise, return_hidden)
         features = RMSNorm(config, name="final_norm")(x)
