@@ -17,6 +17,8 @@ from typing import Any
 from moejax.cli import parse, run_command
 from moejax.config import MeshConfig, UserError
 
+ONE_DEVICE = MeshConfig(fsdp=1)
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -32,7 +34,7 @@ class Arguments:
     ignore_eos: bool = False  # go on past the end of text
     dtype: str | None = None  # float32 or bfloat16; None: the checkpoint's
     chat: bool = False  # hold a conversation: a line of stdin is a message
-    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(fsdp=1))  # devices that share the model, as in training; --mesh.tensor 8
+    mesh: MeshConfig = field(default_factory=lambda: ONE_DEVICE)  # devices that share the model, as in training: --mesh.tensor 8
     chat_format: str | None = None  # mistral-v1, mistral-v3 or arctic; None: the one that came with the tokenizer
 
 
@@ -83,7 +85,8 @@ def load(path: Path, arguments: Arguments) -> tuple[Any, Any, Any]:
                 pass  # a format that is not read is refused by its name, before anything is missed beside it
         choose_tokenizer(path, find_tokenizer(directory) or find_tokenizer(path), arguments)
     started = time.perf_counter()
-    model, variables, tokenizer = moejax.load(path, mesh_of(arguments.mesh), dtype=arguments.dtype)
+    mesh = None if arguments.mesh == ONE_DEVICE else mesh_of(arguments.mesh)
+    model, variables, tokenizer = moejax.load(path, mesh, dtype=arguments.dtype)
     note(f"{path}: {model.config.family}, loaded in {time.perf_counter() - started:.1f} s")
     return model, variables, choose_tokenizer(path, tokenizer, arguments)
 

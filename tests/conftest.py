@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 
 _DEVICE_FLAG = "--xla_force_host_platform_device_count"
-# What a test run sets for itself and no command started by a test may inherit: users have one CPU device.
-_USER_XLA_FLAGS = os.environ.get("XLA_FLAGS")
+# What a test run sets for itself and no command started by a test may inherit: users have one CPU device. Worker processes of a
+# test run inherit what the first process has set, so that process also says what it found.
+_USER_XLA_FLAGS = os.environ.setdefault("MOEJAX_TESTS_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
 
 if _DEVICE_FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICE_FLAG}=8".strip()
@@ -65,10 +66,7 @@ def run_command(
         words[0] = sys.executable
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "140", **environment}
     env.pop("JAX_NUMPY_RANK_PROMOTION", None)
-    if _USER_XLA_FLAGS is None:
-        env.pop("XLA_FLAGS", None)
-    else:
-        env["XLA_FLAGS"] = _USER_XLA_FLAGS
+    env["XLA_FLAGS"] = _USER_XLA_FLAGS
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(words, cwd=cwd, env=env, text=True, capture_output=True, timeout=timeout, check=False)
 
