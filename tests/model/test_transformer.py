@@ -100,7 +100,10 @@ def test_sorted_equals_dense(model_and_variables):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(jnp.max(jnp.abs(b)))))
 
 
-@pytest.mark.parametrize(("name", "remat"), [("mixtral", "full"), ("arctic", "dots"), ("arctic, every second layer, a layer over", "full")])
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [pytest.param("mixtral", "full", marks=pytest.mark.slow), ("arctic", "dots"), ("arctic, every second layer, a layer over", "full")],
+)
 def test_recomputing_changes_no_gradient(name, remat):
     model = Transformer(WIRINGS[name])
     variables, tokens = random_variables(model), tokens_of(model.config)
