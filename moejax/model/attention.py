@@ -26,6 +26,7 @@ class Attention(nn.Module):
         visible: Bool[Array, "B T S"],
         cache: KVCache | None,
         layer: Int[Array, ""] | int,
+        num_keys: int | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         config = self.config
         size, width = config.hidden_size, config.head_width
@@ -44,5 +45,5 @@ class Attention(nn.Module):
         # Keys of the whole row, wherever its parts lie: they are gathered over the axis that divides the time.
         key, value = (constrain(part, self.mesh, "batch", None, "kv_heads", None) for part in (key, value))
         visible = constrain(visible, self.mesh, "batch", "time", None)
-        mixed = attend(query, key, value, visible).reshape(*x.shape[:2], config.num_heads * width)
+        mixed = attend(query, key, value, visible, num_keys).reshape(*x.shape[:2], config.num_heads * width)
         return Projection(config, (size, config.num_heads * width), ("embed", "heads"), name="out")(mixed), cache

@@ -32,6 +32,7 @@ class LayerInputs:
     rotation: Rotation
     visible: Bool[Array, "B T S"]
     tokens: TokenInputs
+    num_keys: int | None = flax.struct.field(pytree_node=False, default=None)  # keys from here on only fill up the mesh
 
 
 @flax.struct.dataclass
@@ -68,7 +69,7 @@ class Block(nn.Module):
         config = self.config
         x = constrain(x, self.mesh, "batch", "time", None)
         attended, cache = Attention(config, self.mesh, name="attention")(
-            RMSNorm(config, name="attention_norm")(x), inputs.rotation, inputs.visible, cache, layer
+            RMSNorm(config, name="attention_norm")(x), inputs.rotation, inputs.visible, cache, layer, inputs.num_keys
         )
         after = x + attended
         if not self.is_moe:
@@ -151,6 +152,8 @@ class Transformer(nn.Module):
         real = _real_tokens(mask, segments)
         tokens, real, positions, segments, router_noise, fill = self._fill_up(tokens, real, positions, segments, router_noise, cache)
         inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill)
+        if fill is not None:
+            inputs = dataclasses.replace(inputs, num_keys=shape[1])
         x, embedding = Embed(config, self.mesh, name="embed")(tokens)
         embedded = x
         x, cache, hidden, router = self._run_layers(x, cache, inputs, router_noise, return_hidden)

@@ -62,11 +62,13 @@ def attend(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     visible: Bool[Array, "B T S"],
+    num_keys: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention at scale 1/sqrt(H); query head j reads key/value head j // (N/K). Softmax in float32.
 
     A query that sees no key at all (padding, beyond the window of the last real token) gives the mean of all values, never
-    NaN: so does the reference's masked softmax, and Arctic's load-balance loss counts those rows too.
+    NaN: so does the reference's masked softmax, and Arctic's load-balance loss counts those rows too. Keys from `num_keys` on, which
+    are there only to fill up a mesh, are not in that mean.
     """
     batch, time, num_heads, width = query.shape
     num_kv_heads = key.shape[2]
@@ -82,6 +84,8 @@ def attend(
     scores = lax.dot_general(rows, heads_first(key), contract_width, precision=precision, preferred_element_type=jnp.float32)
     scores = (scores * width**-0.5).reshape(batch, num_kv_heads, group, time, -1)
     scores = jnp.where(visible[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+    if num_keys is not None:
+        scores = jnp.where((jnp.arange(scores.shape[-1]) < num_keys)[None, None, None, None, :], scores, -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(rows.shape[0], rows.shape[1], -1)
     out = lax.dot_general(probabilities, heads_first(value), (((2,), (1,)), ((0,), (0,))), precision=precision)
     return out.reshape(batch, num_kv_heads, group, time, width).transpose(0, 3, 1, 2, 4).reshape(batch, time, num_heads, width)
