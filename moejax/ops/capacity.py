@@ -12,7 +12,9 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from moejax.ops.routing import Routing
+from moejax.ops.grouped import group_starts
+from moejax.ops.routing import Routing, load_balance_loss, pick_experts, router_statistics
+from moejax.ops.rows import count_groups
 
 EPSILON = float(jnp.finfo(jnp.float32).eps)
 
@@ -45,8 +47,7 @@ def choose_experts(logits: Float[Array, "M E"], experts_per_token: int, noise: F
         others = lax.stop_gradient(logits) if noise is None else lax.stop_gradient(logits) + noise
         others = jnp.where(jax.nn.one_hot(first, logits.shape[-1], dtype=bool), -jnp.inf, others)
         experts = jnp.concatenate([experts, lax.top_k(others, experts_per_token - 1)[1]], axis=1)
-    chosen = experts[:, :, None] == jnp.arange(logits.shape[-1])[None, None, :]
-    return Routing(jnp.sum(jnp.where(chosen, probabilities[:, None, :], 0.0), axis=-1), experts.astype(jnp.int32))
+    return Routing(pick_experts(probabilities, experts), experts.astype(jnp.int32))
 
 
 def assign_slots(chosen: Routing, num_experts: int, capacity: int, priority: Float[Array, "M E"] | None = None) -> Slots:
@@ -71,10 +72,8 @@ def assign_slots(chosen: Routing, num_experts: int, capacity: int, priority: Flo
     weights = jnp.where(kept, chosen.weights, 0.0)
     if per_token > 1:
         weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), EPSILON)
-    sizes = jnp.sum(by_rank[:, None] == jnp.arange(num_experts)[None, :], axis=0)
-    starts = jnp.cumsum(sizes) - sizes
-    inside = jnp.arange(capacity)[None, :]
-    asked = jnp.take(order, jnp.minimum(starts[:, None] + inside, by_rank.shape[0] - 1))  # in rank-major order
+    sizes, inside = count_groups(by_rank, num_experts), jnp.arange(capacity)[None, :]
+    asked = jnp.take(order, jnp.minimum(group_starts(sizes)[:, None] + inside, by_rank.shape[0] - 1))  # in rank-major order
     choice = jnp.where(inside < sizes[:, None], asked % num_rows * per_token + asked // num_rows, num_rows * per_token)
     dropped = jnp.sum(~kept & (experts < num_experts)).astype(jnp.int32)
     return Slots(Routing(weights, experts), slot.astype(jnp.int32), choice.reshape(-1).astype(jnp.int32), dropped)
@@ -82,15 +81,9 @@ def assign_slots(chosen: Routing, num_experts: int, capacity: int, priority: Flo
 
 def _position_in_group(groups: Int[Array, "N"], order: Int[Array, "N"], num_groups: int) -> Int[Array, "N"]:
     """How many of its group come before each entry in `order`, which sorts by group."""
-    sizes = jnp.sum(groups[:, None] == jnp.arange(num_groups + 1)[None, :], axis=0)
-    starts = jnp.cumsum(sizes) - sizes
-    return jnp.argsort(order) - starts[groups]
+    return jnp.argsort(order) - group_starts(count_groups(groups, num_groups + 1))[groups]
 
 
 def first_choice_loss(logits: Float[Array, "M E"], experts: Int[Array, "M A"], counts: Bool[Array, "M"] | None = None) -> Float[Array, ""]:
     """E * sum over experts of mean probability * share of first choices (Switch Transformer, eq. 4; DeepSpeed's l_aux)."""
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    first = (experts[:, :1] == jnp.arange(logits.shape[-1])[None, :]).astype(jnp.float32)
-    share = jnp.ones(logits.shape[:1], jnp.float32) if counts is None else counts.astype(jnp.float32)
-    share = (share / jnp.maximum(jnp.sum(share), 1.0))[:, None]
-    return logits.shape[-1] * jnp.sum(jnp.sum(share * probabilities, axis=0) * jnp.sum(share * first, axis=0))
+    return load_balance_loss(router_statistics(logits, experts[:, :1], counts), "per_layer")

@@ -16,6 +16,7 @@ from moejax.ops.expert_mlp import ExpertWeights, expert_mlp
 from moejax.ops.grouped import SPARE_ROWS
 from moejax.ops.matmul import precision_of
 from moejax.ops.routing import Routing
+from moejax.ops.rows import count_groups, sort_groups, sum_choices, take_rows
 
 
 def apply_experts(
@@ -42,58 +43,31 @@ def apply_experts_dense(x: Float[Array, "M D"], routing: Routing, weights: Exper
 
 def apply_experts_sorted(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights) -> Float[Array, "M D"]:
     """Rows copied once per chosen expert and sorted by expert, the experts' MLPs, results brought back and summed."""
-    num_rows, per_token = routing.experts.shape
     order, place = sort_by_expert(routing.experts)
-    group_sizes = jnp.sum(routing.experts.reshape(-1)[:, None] == jnp.arange(weights.gate.shape[0])[None, :], axis=0).astype(jnp.int32)
-    rows = spread_rows(x, order, place)
-    outputs = expert_mlp(rows, weights, group_sizes, SPARE_ROWS)
-    outputs = collect_rows(outputs, place, order).reshape(num_rows, per_token, -1)
-    return jnp.sum(routing.weights[:, :, None] * outputs.astype(jnp.float32), axis=1).astype(x.dtype)
+    group_sizes = count_groups(routing.experts.reshape(-1), weights.gate.shape[0])
+    outputs = expert_mlp(spread_rows(x, order, place), weights, group_sizes, SPARE_ROWS)
+    return sum_choices(routing.weights, collect_rows(outputs, place, order))
 
 
 def sort_by_expert(experts: Int[Array, "M A"]) -> tuple[Int[Array, "MA"], Int[Array, "MA"]]:
     """(order, place): order[i] is the choice (row * A + rank) that stands i-th when sorted by expert; place undoes it."""
-    choices = experts.reshape(-1)
-    order = jnp.argsort(choices, stable=True)
-    place = jnp.argsort(order)
-    return order, place
+    return sort_groups(experts.reshape(-1))
 
 
-# Both moves of rows are gathers, and so are their gradients: written out, because the derivative of a gather is otherwise a
-# scatter-add, which is slow on every platform. Behind the sorted rows stand SPARE_ROWS of zeros (see ops.grouped).
+# Behind the sorted rows stand SPARE_ROWS of zeros (see ops.grouped): places that no choice has.
 
 
-def _gather(rows: Array, index: Array) -> Array:
-    """rows[index], and SPARE_ROWS of zeros behind it."""
-    spare = jnp.full(SPARE_ROWS, rows.shape[0], index.dtype)
-    return jnp.take(rows, jnp.concatenate([index, spare]), axis=0, mode="fill", fill_value=0)
+def _with_spare(index: Int[Array, "MA"], nothing: int) -> Int[Array, "sorted"]:
+    return jnp.pad(index, (0, SPARE_ROWS), constant_values=nothing)
 
 
-@jax.custom_vjp
 def collect_rows(rows: Float[Array, "sorted D"], place: Int[Array, "MA"], order: Int[Array, "MA"]) -> Float[Array, "MA D"]:
     """From sorted rows (spare ones behind them) back to the order of the choices: rows[place]; `order` is its inverse."""
-    return rows[place]
+    return jnp.asarray(take_rows(rows, place, _with_spare(order, order.shape[0])[:, None]))
 
 
-collect_rows.defvjp(
-    lambda rows, place, order: (rows[place], order),
-    lambda order, gradient: (_gather(gradient, order), None, None),
-)
-
-
-@jax.custom_vjp
 def spread_rows(x: Float[Array, "M D"], order: Int[Array, "MA"], place: Int[Array, "MA"]) -> Float[Array, "sorted D"]:
     """Row i of the result is the row of `x` that choice order[i] belongs to; then spare rows of zeros."""
-    return _gather(x, order // (order.shape[0] // x.shape[0]))
-
-
-def _spread_forward(x, order, place):
-    return spread_rows(x, order, place), (place, x.shape[0])
-
-
-def _spread_backward(saved, gradient):
-    place, num_rows = saved
-    return jnp.sum(gradient[place].reshape(num_rows, -1, gradient.shape[-1]), axis=1), None, None
-
-
-spread_rows.defvjp(_spread_forward, _spread_backward)
+    num_rows = x.shape[0]
+    row = order // (order.shape[0] // num_rows)
+    return jnp.asarray(take_rows(x, _with_spare(row, num_rows), place.reshape(num_rows, -1)))

@@ -18,31 +18,28 @@ from moejax.ops.expert_mlp import ExpertWeights, expert_mlp
 from moejax.ops.grouped import SPARE_ROWS
 from moejax.ops.matmul import precision_of
 from moejax.ops.routing import Routing
-from moejax.ops.rows import invert, take_rows
+from moejax.ops.rows import count_groups, invert, sort_groups, sum_choices, take_rows
 
 Result = tuple[Float[Array, "M D"], Int[Array, ""]]
 
 
 def apply_local(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights, first_expert: Array | int = 0) -> Float[Array, "M D"]:
     """The weighted sum over those of each row's experts that lie here: experts `first_expert` and the following."""
-    num_rows, per_token = routing.experts.shape
+    per_token = routing.experts.shape[1]
     local = routing.experts.reshape(-1) - first_expert
     num_experts = weights.gate.shape[0]
     local = jnp.where((local >= 0) & (local < num_experts), local, num_experts)
     outputs, place = _run_sorted(x, local, weights, per_token)
-    outputs = take_rows(outputs, place, invert(place, outputs.shape[0])[:, None]).reshape(num_rows, per_token, -1)
-    return jnp.sum(routing.weights[:, :, None] * outputs.astype(jnp.float32), axis=1).astype(x.dtype)
+    return sum_choices(routing.weights, take_rows(outputs, place, invert(place, outputs.shape[0])[:, None]))
 
 
 def _run_sorted(x: Array, local: Int[Array, "N"], weights: ExpertWeights, per_row: int) -> tuple[Array, Array]:
     """(outputs sorted by expert, place of each choice among them): choice n is row n // per_row through expert local[n]; E is none."""
     count, num_experts = local.shape[0], weights.gate.shape[0]
-    order = jnp.argsort(local, stable=True).astype(jnp.int32)
-    group_sizes = jnp.sum(local[:, None] == jnp.arange(num_experts)[None, :], axis=0).astype(jnp.int32)
-    total = jnp.sum(group_sizes)
-    inside = jnp.arange(count + SPARE_ROWS) < total
+    order, place = sort_groups(local)
+    group_sizes = count_groups(local, num_experts)
+    inside = jnp.arange(count + SPARE_ROWS) < jnp.sum(group_sizes)
     index = jnp.where(inside, jnp.pad(order, (0, SPARE_ROWS)) // per_row, x.shape[0])
-    place = jnp.argsort(order).astype(jnp.int32)
     place = jnp.where(local < num_experts, place, count + SPARE_ROWS)
     rows = jnp.asarray(take_rows(x, index, place.reshape(-1, per_row)))
     outputs = expert_mlp(rows, weights, group_sizes, SPARE_ROWS)
@@ -71,10 +68,10 @@ def apply_ragged(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeight
     num_experts = num_devices * num_local
     buffer_rows = count * num_devices if buffer_factor is None else min(max(int(-(-count * buffer_factor // 1)), 1), count * num_devices)
     choices = routing.experts.reshape(-1)
-    order = jnp.argsort(choices, stable=True).astype(jnp.int32)
-    place = jnp.argsort(order).astype(jnp.int32)
-    sizes = jnp.sum(choices[:, None] == jnp.arange(num_experts)[None, :], axis=0).astype(jnp.int32)
-    sizes = lax.all_gather(sizes, axis).reshape(num_devices, num_devices, num_local)  # [sender, receiver, expert of the receiver]
+    order, place = sort_groups(choices)
+    sizes = lax.all_gather(count_groups(choices, num_experts), axis).reshape(
+        num_devices, num_devices, num_local
+    )  # [sender, receiver, expert of the receiver]
     wanted = jnp.sum(sizes, axis=2)
     exchange, moved = plan_exchange(wanted, buffer_rows, axis)
     me = lax.axis_index(axis)
@@ -85,8 +82,7 @@ def apply_ragged(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeight
     outputs, back = _run_sorted(received, local, weights, 1)
     outputs = take_rows(outputs, back, invert(back, outputs.shape[0])[:, None])
     outputs = exchange_rows(outputs, exchange.reversed(), count, axis)
-    outputs = take_rows(outputs, place, order[:, None]).reshape(num_rows, per_token, -1)
-    y = jnp.sum(routing.weights[:, :, None] * outputs.astype(jnp.float32), axis=1).astype(x.dtype)
+    y = sum_choices(routing.weights, take_rows(outputs, place, order[:, None]))
     return y, jnp.sum(wanted[me] - moved[me]).astype(jnp.int32)
 
 
@@ -117,9 +113,8 @@ def apply_slots(x: Float[Array, "M D"], slots: Slots, weights: ExpertWeights, ax
     if axis is not None:
         outputs = lax.all_to_all(outputs, axis, 0, 0, tiled=True)
     outputs = outputs.reshape(-1, x.shape[1])
-    mine = take_rows(outputs, slots.slot.reshape(-1), slots.choice[:, None]).reshape(num_rows, per_token, -1)
-    y = jnp.sum(slots.routing.weights[:, :, None] * mine.astype(jnp.float32), axis=1).astype(x.dtype)
-    return y, slots.dropped
+    mine = take_rows(outputs, slots.slot.reshape(-1), slots.choice[:, None])
+    return sum_choices(slots.routing.weights, mine), slots.dropped
 
 
 def _batched_mlp(x: Float[Array, "E C D"], weights: ExpertWeights) -> Float[Array, "E C D"]:

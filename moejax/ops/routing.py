@@ -35,12 +35,16 @@ def route(logits: Float[Array, "M E"], experts_per_token: int, top_1_weight: Top
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     scores = probabilities if bias is None else probabilities + bias.astype(jnp.float32)[None, :]
     _, experts = lax.top_k(lax.stop_gradient(scores), experts_per_token)
-    # Picked by comparison instead of a gather: the gradient is then a product, not a scatter.
-    chosen = experts[:, :, None] == jnp.arange(logits.shape[-1])[None, None, :]
-    weights = jnp.sum(jnp.where(chosen, probabilities[:, None, :], 0.0), axis=-1)
+    weights = pick_experts(probabilities, experts)
     if experts_per_token > 1 or top_1_weight == "one":
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return Routing(weights, experts)
+
+
+def pick_experts(values: Float[Array, "M E"], experts: Int[Array, "M A"]) -> Float[Array, "M A"]:
+    """Each row's values of its experts. By comparison instead of a gather: the gradient is then a product, not a scatter."""
+    chosen = experts[:, :, None] == jnp.arange(values.shape[-1])[None, None, :]
+    return jnp.sum(jnp.where(chosen, values[:, None, :], 0.0), axis=-1)
 
 
 def router_statistics(logits: Float[Array, "M E"], experts: Int[Array, "M A"], counts: Bool[Array, "M"] | None) -> RouterStatistics:

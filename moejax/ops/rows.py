@@ -1,4 +1,4 @@
-"""Moves of rows from one order to another, as gathers both ways.
+"""Rows moved from one order to another, as gathers both ways; and what dispatches do with them beside: count, sort, weigh, add up.
 
 The derivative XLA makes of a gather is a scatter-add, which is slow on every platform. Who moves rows knows where each one went, so
 the gradient is written as a gather by that.
@@ -32,3 +32,20 @@ def invert(index: Int[Array, "N"], num_rows: int) -> Int[Array, "R"]:
     """For each of `num_rows` rows the one place n with index[n] == row; N where there is none. A row may be named once only."""
     nowhere = jnp.full(num_rows, index.shape[0], jnp.int32)
     return nowhere.at[index].set(jnp.arange(index.shape[0], dtype=jnp.int32), mode="drop", unique_indices=False)
+
+
+def count_groups(groups: Int[Array, "N"], num_groups: int) -> Int[Array, "num_groups"]:
+    """How many entries each of the groups 0..num_groups-1 has; entries of other groups count nowhere."""
+    return jnp.sum(groups[:, None] == jnp.arange(num_groups)[None, :], axis=0).astype(jnp.int32)
+
+
+def sort_groups(groups: Int[Array, "N"]) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
+    """(order, place): order[i] is the entry that stands i-th when sorted by group, equal ones as they came; place undoes it."""
+    order = jnp.argsort(groups, stable=True).astype(jnp.int32)
+    return order, jnp.argsort(order).astype(jnp.int32)
+
+
+def sum_choices(weights: Float[Array, "M A"], outputs: Float[Array, "MA D"]) -> Float[Array, "M D"]:
+    """The outputs of each row's choices (row * A + rank), added up in float32 with their weights; in the type of `outputs`."""
+    wide = outputs.reshape(*weights.shape, -1).astype(jnp.float32)
+    return jnp.sum(weights[:, :, None] * wide, axis=1).astype(outputs.dtype)
