@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from moejax.config import ModelConfig
 from moejax.model.attention import Attention
@@ -19,9 +19,10 @@ from moejax.model.cache import KVCache, place_cache
 from moejax.model.expert_dispatch import TokenInputs
 from moejax.model.layers import MLP, Embed, Head, RMSNorm
 from moejax.model.moe import MoE, RouterOutputs
-from moejax.ops.attention import Rotation, rotary_angles, visible_keys
+from moejax.ops.attention import Rotation, rotary_angles
 from moejax.ops.matmul import project
 from moejax.ops.routing import RouterStatistics, load_balance_loss
+from moejax.ops.visibility import Indices, Visibility, describe_visibility
 from moejax.sharding import axis_size, constrain
 
 
@@ -30,9 +31,8 @@ class LayerInputs:
     """What every layer reads beside its input; the same for all."""
 
     rotation: Rotation
-    visible: Bool[Array, "B T S"]
+    visibility: Visibility
     tokens: TokenInputs
-    num_keys: int | None = flax.struct.field(pytree_node=False, default=None)  # keys from here on only fill up the mesh
 
 
 @flax.struct.dataclass
@@ -69,7 +69,7 @@ class Block(nn.Module):
         config = self.config
         x = constrain(x, self.mesh, "batch", "time", None)
         attended, cache = Attention(config, self.mesh, name="attention")(
-            RMSNorm(config, name="attention_norm")(x), inputs.rotation, inputs.visible, cache, layer, inputs.num_keys
+            RMSNorm(config, name="attention_norm")(x), inputs.rotation, inputs.visibility, cache, layer
         )
         after = x + attended
         if not self.is_moe:
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         tokens, real, positions, segments, router_noise, fill = self._fill_up(tokens, real, positions, segments, router_noise, cache)
         inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill)
         if fill is not None:
-            inputs = dataclasses.replace(inputs, num_keys=shape[1])
+            inputs = dataclasses.replace(inputs, visibility=dataclasses.replace(inputs.visibility, num_keys=shape[1]))
         x, embedding = Embed(config, self.mesh, name="embed")(tokens)
         embedded = x
         x, cache, hidden, router = self._run_layers(x, cache, inputs, router_noise, return_hidden)
@@ -223,20 +223,16 @@ class Transformer(nn.Module):
         if cache is not None and segments is not None:
             raise ValueError("segments and cache were both given; packed rows are for training, a cache holds one document a row")
         segments = None if segments is None else jnp.asarray(segments)
-        visible = visible_keys(
-            query_index,
-            key_index,
-            window=config.attention_window,
-            key_is_real=real if cache is None else None,  # in a cache, padding lies past the row's length and is never seen
-            query_segments=segments,
-            key_segments=segments,
+        real_keys = real if cache is None else None  # in a cache, padding lies past the row's length and is never seen
+        visibility = describe_visibility(
+            Indices(query_index, segments), Indices(key_index, segments, real_keys), window=config.attention_window
         )
         positions = query_index if positions is None else jnp.asarray(positions)
         # Arctic's load-balance loss counts padding too; Mixtral's goes by the mask.
         counts = real if config.router_aux_loss_kind == "pooled" or segments is not None else None
         if fill is not None:
             counts = ~fill if counts is None else counts & ~fill
-        return LayerInputs(rotary_angles(positions, config.head_width, config.rope_theta), visible, TokenInputs(counts, fill))
+        return LayerInputs(rotary_angles(positions, config.head_width, config.rope_theta), visibility, TokenInputs(counts, fill))
 
     def _run_layers(self, x: Array, cache: KVCache | None, inputs: LayerInputs, noise: Array | None, keep_hidden: bool):
         """All layers; returns (x, cache, each layer's output if asked for, router outputs stacked over MoE layers)."""

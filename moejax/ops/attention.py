@@ -1,13 +1,21 @@
-"""Attention: rotary position embeddings, the mask of who sees whom, and the attention itself."""
+"""Attention: rotary position embeddings, and the attention itself.
+
+`attend` picks by sizes and by the platform it is compiled for; `attend_reference` is the slow truth that the others are tested against.
+"""
 
 from typing import NamedTuple
 
 import jax
 from jax import Array, lax
 from jax import numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
+from moejax.ops.attention_blocked import attend_blocked
 from moejax.ops.matmul import precision_of
+from moejax.ops.visibility import Visibility, visible_keys
+
+# Fewer queries than this (decoding) go through the reference: there is nothing to divide into blocks.
+FEW_QUERIES = 32
 
 
 class Rotation(NamedTuple):
@@ -32,43 +40,28 @@ def rotate(x: Float[Array, "B T heads H"], rotation: Rotation) -> Float[Array, "
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def visible_keys(
-    query_index: Int[Array, "B T"],
-    key_index: Int[Array, "B S"],
-    *,
-    window: int | None = None,
-    key_is_real: Bool[Array, "B S"] | None = None,
-    query_segments: Int[Array, "B T"] | None = None,
-    key_segments: Int[Array, "B S"] | None = None,
-) -> Bool[Array, "B T S"]:
-    """Which keys each query sees: those at or before it, within the window, of its own segment, and not padding.
-
-    Indices are places in the row (or the cache), not rotary positions, which restart in every packed document.
-    `window` counts the keys seen, the query's own included. A row of padding may see nothing.
-    """
-    distance = query_index[:, :, None] - key_index[:, None, :]
-    visible = distance >= 0
-    if window is not None:
-        visible &= distance < window
-    if key_is_real is not None:
-        visible &= key_is_real[:, None, :]
-    if query_segments is not None and key_segments is not None:
-        visible &= query_segments[:, :, None] == key_segments[:, None, :]
-    return visible
-
-
 def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    visible: Bool[Array, "B T S"],
-    num_keys: int | None = None,
+    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], visibility: Visibility
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention at scale 1/sqrt(H); query head j reads key/value head j // (N/K). Softmax in float32.
+    """What `attend_reference` gives, by the way that is fast here: in blocks on CPU where there are queries enough, else as it is."""
+    if query.shape[1] < FEW_QUERIES:
+        return attend_reference(query, key, value, visibility)
+    out = lax.platform_dependent(query, key, value, visibility, cpu=attend_blocked, default=attend_reference)
+    if visibility.blind is None:
+        return out
+    mean = jnp.mean(value[:, : visibility.num_keys].astype(jnp.float32), axis=1).astype(value.dtype)
+    mean = jnp.repeat(mean, query.shape[2] // key.shape[2], axis=1)
+    return jnp.where(visibility.blind[:, :, None, None], mean[:, None], out)
+
+
+def attend_reference(
+    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], visibility: Visibility
+) -> Float[Array, "B T N H"]:
+    """Softmax attention at scale 1/sqrt(H), all scores at once; query head j reads key/value head j // (N/K). Softmax in float32.
 
     A query that sees no key at all (padding, beyond the window of the last real token) gives the mean of all values, never
-    NaN: so does the reference's masked softmax, and Arctic's load-balance loss counts those rows too. Keys from `num_keys` on, which
-    are there only to fill up a mesh, are not in that mean.
+    NaN: so does the published models' masked softmax, and Arctic's load-balance loss counts those rows too. Keys from
+    `visibility.num_keys` on are not in that mean.
     """
     batch, time, num_heads, width = query.shape
     num_kv_heads = key.shape[2]
@@ -83,9 +76,9 @@ def attend(
     contract_width = (((2,), (2,)), ((0,), (0,)))
     scores = lax.dot_general(rows, heads_first(key), contract_width, precision=precision, preferred_element_type=jnp.float32)
     scores = (scores * width**-0.5).reshape(batch, num_kv_heads, group, time, -1)
-    scores = jnp.where(visible[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    if num_keys is not None:
-        scores = jnp.where((jnp.arange(scores.shape[-1]) < num_keys)[None, None, None, None, :], scores, -jnp.inf)
+    scores = jnp.where(visible_keys(visibility)[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+    if visibility.num_keys is not None:
+        scores = jnp.where((jnp.arange(scores.shape[-1]) < visibility.num_keys)[None, None, None, None, :], scores, -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(rows.shape[0], rows.shape[1], -1)
     out = lax.dot_general(probabilities, heads_first(value), (((2,), (1,)), ((0,), (0,))), precision=precision)
     return out.reshape(batch, num_kv_heads, group, time, width).transpose(0, 3, 1, 2, 4).reshape(batch, time, num_heads, width)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from moejax.ops.attention import attend, rotary_angles, rotate, visible_keys
+from moejax.ops.attention import FEW_QUERIES, attend, attend_reference, rotary_angles, rotate
+from moejax.ops.visibility import Indices, describe_visibility, visible_keys
 
 
 def attend_by_loops(query, key, value, visible):
@@ -25,28 +26,29 @@ def attend_by_loops(query, key, value, visible):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("window", [None, 1, 3])
-def test_attention_is_the_softmax_over_the_visible_keys(heads, kv_heads, window):
+@pytest.mark.parametrize("function", [attend, attend_reference])
+def test_attention_is_the_softmax_over_the_visible_keys(heads, kv_heads, window, function):
     keys = jax.random.split(jax.random.key(0), 3)
-    query = jax.random.normal(keys[0], (2, 7, heads, 8))
-    key = jax.random.normal(keys[1], (2, 7, kv_heads, 8))
-    value = jax.random.normal(keys[2], (2, 7, kv_heads, 8))
-    index = jnp.broadcast_to(jnp.arange(7), (2, 7))
-    real = index < jnp.array([[7], [3]])
-    visible = visible_keys(index, index, window=window, key_is_real=real)
-    expected = attend_by_loops(query, key, value, np.asarray(visible))
-    np.testing.assert_allclose(jax.jit(attend)(query, key, value, visible), expected, atol=1e-5)
+    time = FEW_QUERIES + 5
+    query = jax.random.normal(keys[0], (2, time, heads, 8))
+    key = jax.random.normal(keys[1], (2, time, kv_heads, 8))
+    value = jax.random.normal(keys[2], (2, time, kv_heads, 8))
+    index = jnp.broadcast_to(jnp.arange(time), (2, time))
+    real = index < jnp.array([[time], [3]])
+    visibility = describe_visibility(Indices(index), Indices(index, real=real), window)
+    expected = attend_by_loops(query, key, value, np.asarray(visible_keys(visibility)))
+    np.testing.assert_allclose(jax.jit(function)(query, key, value, visibility), expected, atol=1e-5)
 
 
-def test_window_counts_the_query_itself():
-    index = jnp.arange(6)[None]
-    visible = np.asarray(visible_keys(index, index, window=2))[0]
-    assert [list(np.flatnonzero(row)) for row in visible] == [[0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
-
-
-def test_segments_do_not_see_each_other():
-    index, segments = jnp.arange(5)[None], jnp.array([[1, 1, 2, 2, 0]])
-    visible = np.asarray(visible_keys(index, index, query_segments=segments, key_segments=segments))[0]
-    assert [list(np.flatnonzero(row)) for row in visible] == [[0], [0, 1], [2], [2, 3], [4]]
+def test_few_queries_against_many_keys():
+    """As in decoding: two queries of each row, at different places, against a cache."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (2, 2, 4, 8))
+    key, value = (jax.random.normal(k, (2, 50, 2, 8)) for k in keys[1:])
+    index = jnp.array([[7, 8], [48, 49]])
+    visibility = describe_visibility(Indices(index), Indices(jnp.broadcast_to(jnp.arange(50), (2, 50))))
+    expected = attend_by_loops(query, key, value, np.asarray(visible_keys(visibility)))
+    np.testing.assert_allclose(attend(query, key, value, visibility), expected, atol=1e-5)
 
 
 def test_rotation_depends_on_distance_alone():
