@@ -16,6 +16,7 @@ from typing import Any
 
 from moejax.cli import parse, run_command
 from moejax.config import MeshConfig, UserError
+from moejax.launch import prepare_process
 
 ONE_DEVICE = MeshConfig(fsdp=1)
 
@@ -134,4 +135,5 @@ def note(line: str) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     run_command(main)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from moejax.cli import parse_run, run_command
 from moejax.config import MeshConfig, RunConfig, UserError
 from moejax.distributed import ending_together, is_first, join_processes
+from moejax.launch import prepare_process
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -215,4 +216,5 @@ def log(line: str) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     run_command(main)

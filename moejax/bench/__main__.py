@@ -4,6 +4,7 @@ import importlib
 
 from moejax.cli import parse, run_command
 from moejax.config import UserError
+from moejax.launch import prepare_process
 
 BENCHMARKS = ("train", "save", "storage_order", "convert", "data", "tpu_compile")
 
@@ -18,4 +19,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     run_command(main)

@@ -15,7 +15,7 @@ from moejax.config import ModelConfig, TrainConfig
 PEER_SHAPE = ModelConfig(
     family="mixtral", vocab_size=32000, hidden_size=256, intermediate_size=896, num_layers=4, num_heads=8, num_kv_heads=2,
     head_size=32, num_experts=8, experts_per_token=2, rope_theta=1e6, residual_mlp=False, top_1_weight="one",
-    router_aux_loss_kind="pooled", router_aux_loss_coefficient=0.0,
+    router_aux_loss_kind="pooled", router_aux_loss_coefficient=0.0, scan_layers=False,
 )  # fmt: skip
 
 

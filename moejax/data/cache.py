@@ -28,6 +28,7 @@ import numpy as np
 from moejax.config import DataConfig, UserError
 from moejax.data.documents import Document
 from moejax.data.rows import Rows
+from moejax.launch import user_cache
 
 FORMAT_VERSION = 1  # of the files above and of what reading the same source yields
 IDS, OFFSETS, HELD_OUT, INDEX, PROGRESS = "ids.bin", "offsets.bin", "held_out.jsonl", "index.json", "progress.json"
@@ -67,7 +68,7 @@ class Entry:
 
 def find_cache(data: DataConfig) -> Path:
     """Where tokens are kept: data.cache_dir, else $MOEJAX_CACHE, else ~/.cache/moejax."""
-    return Path(data.cache_dir or os.environ.get("MOEJAX_CACHE") or "~/.cache/moejax").expanduser()
+    return Path(data.cache_dir).expanduser() if data.cache_dir else user_cache()
 
 
 def make_key(description: Any) -> str:

@@ -41,7 +41,7 @@ def attend_blocked(
     queries = Blocks(_cut_heads(query, num_kv_heads, block), _cut_indices(visibility.queries, block, -1))
     keys = Blocks(_cut_heads(key, num_kv_heads, block), _cut_indices(visibility.keys, block, FAR))
     values = _cut_heads(value, num_kv_heads, block)
-    out = _attend(queries.heads, keys.heads, values, queries.indices, keys.indices, visibility.window)
+    out = jnp.asarray(_attend(queries.heads, keys.heads, values, queries.indices, keys.indices, visibility.window))
     out = out.reshape(out.shape[0], batch, num_kv_heads, num_heads // num_kv_heads, block, width)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, num_heads, width)[:, :time]
 
