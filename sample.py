@@ -1,7 +1,7 @@
 """Samples from a model.
 
     python sample.py --prompt "def read_"                      the newest run in runs/
-    python sample.py --checkpoint DIR --prompt "..." ...       a run, a checkpoint of one, or a Hugging Face directory
+    python sample.py --checkpoint DIR --prompt "..." ...       a run, a checkpoint, a published model's directory, or its id on the Hub
     python sample.py --checkpoint DIR --chat                   a conversation, in the model's own chat format; /help shows its commands
 
 The text, prompt first (in a conversation the replies), goes to stdout as it is made, and nothing else does; what is loaded and how fast
@@ -26,7 +26,7 @@ class Arguments:
     """Samples from a model."""
 
     prompt: str | None = None  # None: "def read_"; with --chat, the first message
-    checkpoint: str | None = None  # a run, a checkpoint of one, or a Hugging Face directory; None: the newest run in runs/
+    checkpoint: str | None = None  # a run, a checkpoint, a published model; None: the newest run in runs/
     max_new_tokens: int = 128
     temperature: float = 0.8  # 0 is greedy
     top_k: int = 0  # 0: off

@@ -163,7 +163,7 @@ def explaining_full_disk(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        from moejax.checkpoint.atomic import FULL_DISK_ERRORS
+        from moejax.files import FULL_DISK_ERRORS
 
         if error.errno not in FULL_DISK_ERRORS:
             raise

@@ -57,7 +57,7 @@ class ModelConfig:
     router_bias: bool = False  # a bias per expert, added to its probability when experts are chosen: balances load without a loss
     router_z_loss_coefficient: float = 0.0
 
-    dispatch: DispatchName = "auto"  # how tokens reach their experts: moejax/model/moe.py. auto never drops one; capacity does
+    dispatch: DispatchName = "auto"  # how tokens reach their experts: docs/meshes.md. auto never drops one; capacity does
     capacity_factor: float = 1.0  # capacity: an expert's slots over what it would get from an even router
     min_capacity: int = 0  # capacity: slots an expert has at least, for the rows of one device
     drop_tokens: bool = True  # capacity: False gives every expert a slot for every row

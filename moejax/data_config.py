@@ -82,7 +82,7 @@ class DataConfig:
     )
     stages: tuple[Stage, ...] = ()  # one after another; (): one, with equal weights
     path: str | None = None
-    tokenizer: str | None = None  # a SentencePiece file; None: one is trained on the run's own text
+    tokenizer: str | None = None  # a tokenizer file or a directory with one; None: one is trained on the run's own text
     sequence_length: int = 256  # tokens a row
     max_megabytes: float | None = None  # text read per domain, in 10^6 UTF-8 bytes, where the domain itself allows more
     held_out_fraction: float = 0.03  # share of whole documents (modules, files, lines of JSONL) kept for evaluation

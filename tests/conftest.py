@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -52,6 +54,47 @@ def golden(name: str) -> SimpleNamespace:
         meta=_json(directory / "meta.json"),
         config=_json(directory / "config.json"),
     )
+
+
+# Flags of train.py for a short run on what `write_text` wrote to the folder "text"; steps, layers and lengths of rows are the caller's.
+SHORT_RUN = [
+    *("--model.vocab-size", "300", "--model.hidden-size", "32", "--model.intermediate-size", "32", "--model.num-experts", "4"),
+    *("--model.max-length", "256", "--data.path", "text", "--data.max-megabytes", "0.1", "--train.eval-kilobytes", "1"),
+    *("--train.optimizer", "adamw"),
+]
+
+
+def write_text(folder: Path) -> None:
+    """Makes the folder and writes twelve small text files into it, always the same."""
+    folder.mkdir()
+    words, rng = "the a model reads writes token expert router layer weight small large sends to from with and".split(), random.Random(0)
+    for number in range(12):
+        lines = (" ".join(rng.choices(words, k=12)) for _ in range(40))
+        (folder / f"{number}.txt").write_text("\n".join(lines) + "\n")
+
+
+def check_gradients(gradients: Any, reference: SimpleNamespace, config: Any) -> None:
+    """Asserts that the gradients of all parameters are the reference case's: each tensor within 1e-4 of its largest entry or its norm."""
+    import jax
+
+    from moejax.checkpoint.names import export_tensors
+    from moejax.families import get_family
+
+    ours = {}
+    for table in get_family(config.family).tables:
+        ours |= dict(export_tensors(jax.tree.map(np.asarray, gradients)["params"], config, table))
+    for name, expected in reference.gradients.items():
+        kind, key = name.split(":")
+        if kind == "grad":
+            assert np.max(np.abs(ours[key] - expected)) < 1e-4 * np.max(np.abs(expected)), key
+        else:
+            assert np.linalg.norm(ours[key].astype(np.float64)) == pytest.approx(float(expected), rel=1e-4), key
+
+
+def greedy_prompts(reference: SimpleNamespace) -> list[list[int]]:
+    """The prompts of a reference case's greedy continuations: its rows without their padding."""
+    lengths = reference.inputs["attention_mask"].sum(axis=1)
+    return [row[:length].tolist() for row, length in zip(reference.inputs["input_ids"], lengths, strict=True)]
 
 
 def run_command(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -19,15 +18,14 @@ from moejax import distributed, relay
 from moejax.checkpoint import store
 from moejax.config import DistributedConfig, UserError
 from moejax.distributed import find_cluster, is_lost_process, join_processes
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHORT_RUN, write_text
 
 STEPS = 12
 OPTIONS = [
+    *SHORT_RUN,
     *("--train.log-every", "1", "--train.save-every", "4", "--train.keep-checkpoints", "9", "--train.batch-size", "8"),
-    *("--train.optimizer", "adamw", "--train.eval-kilobytes", "1", "--no-train.tensorboard"),
-    *("--model.vocab-size", "300", "--model.hidden-size", "32", "--model.intermediate-size", "32", "--model.num-layers", "2"),
-    *("--model.num-experts", "4", "--model.max-length", "256", "--data.sequence-length", "64", "--data.max-megabytes", "0.1"),
-    *("--sample.max-new-tokens", "4", "--data.path", "text", "--mesh.fsdp", "2", "--mesh.expert", "2"),
+    *("--no-train.tensorboard", "--model.num-layers", "2", "--data.sequence-length", "64", "--sample.max-new-tokens", "4"),
+    *("--mesh.fsdp", "2", "--mesh.expert", "2"),
 ]
 DEVICES = 4
 
@@ -97,11 +95,7 @@ def read_evaluation(directory: Path) -> float:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
-    (folder / "text").mkdir()
-    words, rng = "the a model reads writes token expert router layer weight small large sends to from with and".split(), random.Random(0)
-    for number in range(12):
-        lines = (" ".join(rng.choices(words, k=12)) for _ in range(40))
-        (folder / "text" / f"{number}.txt").write_text("\n".join(lines) + "\n")
+    write_text(folder / "text")
     return folder
 
 

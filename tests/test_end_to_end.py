@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -17,26 +16,18 @@ import pytest
 
 from moejax.checkpoint import store
 from moejax.data.text import train_tokenizer
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, SHORT_RUN, run_command, write_text
 
 TRAIN, SAMPLE = ROOT / "train.py", ROOT / "sample.py"
-OVERRIDES = "--train.steps 20 --train.save-every 5 --train.log-every 1 --train.batch-size 4 --model.num-experts 4".split()
-SMALL = [
-    *("--model.vocab-size", "300", "--model.hidden-size", "32", "--model.intermediate-size", "32", "--model.num-layers", "1"),
-    *("--model.max-length", "256", "--data.sequence-length", "32", "--data.max-megabytes", "0.1", "--train.eval-kilobytes", "1"),
-    *("--train.optimizer", "adamw", "--sample.max-new-tokens", "8"),
-]
+OVERRIDES = "--train.steps 20 --train.save-every 5 --train.log-every 1 --train.batch-size 4".split()
+SMALL = [*SHORT_RUN, "--model.num-layers", "1", "--data.sequence-length", "32", "--sample.max-new-tokens", "8"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A working directory with some text to train on."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "text").mkdir()
-    words, rng = "the a model reads writes token expert router layer weight small large sends to from with and".split(), random.Random(0)
-    for number in range(12):
-        lines = (" ".join(rng.choices(words, k=12)) for _ in range(40))
-        (folder / "text" / f"{number}.txt").write_text("\n".join(lines) + "\n")
+    write_text(folder / "text")
     return folder
 
 
@@ -50,7 +41,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 def training(directory: str) -> list[str | Path]:
     """The command, the config's path amidst the flags."""
     config = ROOT / "configs" / "tiny.py"
-    return ["python", TRAIN, *OVERRIDES[:4], config, "--run-dir", directory, *OVERRIDES[4:], *SMALL, "--data.path", "text"]
+    return ["python", TRAIN, *OVERRIDES[:4], config, "--run-dir", directory, *OVERRIDES[4:], *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +157,7 @@ def test_a_disk_that_fills_leaves_the_last_good_checkpoint(run, place, environme
 
 @pytest.mark.slow
 def test_the_command_of_the_readme_on_the_text_of_this_machine(tmp_path):
-    words = ["python", TRAIN, ROOT / "configs" / "tiny.py", "--run-dir", "DIR", *OVERRIDES]
+    words = ["python", TRAIN, ROOT / "configs" / "tiny.py", "--run-dir", "DIR", *OVERRIDES, "--model.num-experts", "4"]
     result = run_command(words, cwd=tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
     *rows, prose, code, sql = read_rows(tmp_path / "DIR")

@@ -9,9 +9,8 @@ import pytest
 from jax import numpy as jnp
 
 import moejax
-from moejax.checkpoint.names import export_tensors
-from moejax.families import get_family
 from moejax.ops.routing import load_balance_loss, router_statistics
+from tests.conftest import check_gradients, greedy_prompts
 
 CASES = [
     "mixtral_hf",
@@ -93,23 +92,13 @@ def test_gradients(case):
     def total(variables):
         return moejax.loss(model, variables, inputs["input_ids"], inputs["labels"], mask=inputs["attention_mask"]).total
 
-    gradients = jax.tree.map(np.asarray, jax.grad(total)(variables))["params"]
-    ours = {}
-    for table in get_family(model.config.family).tables:
-        ours |= dict(export_tensors(gradients, model.config, table))
-    for name, expected in reference.gradients.items():
-        kind, key = name.split(":")
-        if kind == "grad":
-            assert np.max(np.abs(ours[key] - expected)) < 1e-4 * np.max(np.abs(expected)), key
-        else:
-            assert np.linalg.norm(ours[key].astype(np.float64)) == pytest.approx(float(expected), rel=1e-4), key
+    check_gradients(jax.grad(total)(variables), reference, model.config)
 
 
 def test_greedy_continuations(case):
     """All prompts in one batch of different lengths; some continuations pass an EOS, which is ignored."""
     reference, model, variables = case
-    lengths = reference.inputs["attention_mask"].sum(axis=1)
-    prompts = [row[:length].tolist() for row, length in zip(reference.inputs["input_ids"], lengths, strict=True)]
+    prompts = greedy_prompts(reference)
     expected = reference.expected["greedy_tokens"]
     assert moejax.generate(model, variables, None, prompts, max_new_tokens=expected.shape[1], ignore_eos=True) == expected.tolist()
     alone = moejax.generate(model, variables, None, prompts[-1], max_new_tokens=expected.shape[1], ignore_eos=True)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax.checkpoint.names import export_tensors
-from moejax.families import get_family
+from tests.conftest import check_gradients, greedy_prompts
 
 # case -> (mesh, the dispatch that is also trained and decoded with, those that are run forward)
 CASES = {
@@ -90,8 +89,7 @@ def test_everything(loaded, case):
     check_losses_and_gradients(reference, model, variables)
     if "greedy_tokens" in reference.expected:
         expected = reference.expected["greedy_tokens"]
-        lengths = reference.inputs["attention_mask"].sum(axis=1)
-        prompts = [row[:length].tolist() for row, length in zip(reference.inputs["input_ids"], lengths, strict=True)]
+        prompts = greedy_prompts(reference)
         assert moejax.generate(model, variables, None, prompts, max_new_tokens=expected.shape[1], ignore_eos=True) == expected.tolist()
 
 
@@ -111,17 +109,8 @@ def check_losses_and_gradients(reference, model, variables):
     for name, loss in (("loss_ce", losses.ce), ("aux_loss", losses.aux), ("loss_total", losses.total)):
         if name in expected:
             assert float(loss) == pytest.approx(float(expected[name]), abs=1e-5), name
-    if gradients is None:
-        return
-    ours = {}
-    for table in get_family(model.config.family).tables:
-        ours |= dict(export_tensors(jax.tree.map(np.asarray, gradients)["params"], model.config, table))
-    for name, value in reference.gradients.items():
-        kind, key = name.split(":")
-        if kind == "grad":
-            assert np.max(np.abs(ours[key] - value)) < 1e-4 * np.max(np.abs(value)), key
-        else:
-            assert np.linalg.norm(ours[key].astype(np.float64)) == pytest.approx(float(value), rel=1e-4), key
+    if gradients is not None:
+        check_gradients(gradients, reference, model.config)
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ What a killed process leaves behind is named after the process, and removed by t
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -16,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moejax.config import UserError
-
-FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from moejax.files import FULL_DISK_ERRORS
 
 
 @contextlib.contextmanager

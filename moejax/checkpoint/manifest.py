@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import UserError
+from moejax.files import measure_file
 
 METADATA = "moejax.json"
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-READ_BYTES = 1 << 22
 READERS = min(8, 2 * (os.cpu_count() or 1))  # reading waits for the disk, and checksums run outside the interpreter's lock
 _CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{8})"')
 
@@ -57,12 +57,7 @@ def sum_bytes(data: Any) -> FileSum:
 
 def sum_file(path: Path) -> FileSum:
     """Reads a file and sums it, with a few MiB of memory."""
-    crc, size, buffer = 0, 0, bytearray(READ_BYTES)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            crc = zlib.crc32(view[:count], crc)
-            size += count
+    size, crc = measure_file(path)
     return FileSum(size, f"{crc:08x}")
 
 

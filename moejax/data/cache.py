@@ -28,6 +28,7 @@ import numpy as np
 from moejax.config import DataConfig, UserError
 from moejax.data.documents import Document
 from moejax.data.rows import Rows
+from moejax.files import FULL_DISK_ERRORS, measure_file, write_file
 from moejax.launch import user_cache
 
 FORMAT_VERSION = 1  # of the files above and of what reading the same source yields
@@ -94,7 +95,7 @@ def find_entry(root: Path, key: str, log: Log | None = None, verify: bool | None
             size = (directory / name).stat().st_size
             if size != file["bytes"]:
                 raise ValueError(f"{name} has {size:,} bytes; expected {file['bytes']:,}")
-            if verify and crc32_of(directory / name) != file["crc32"]:
+            if verify and measure_file(directory / name)[1] != file["crc32"]:
                 raise ValueError(f"{name} is not what was written; its checksum differs")
         return Entry(directory, key, index)
     except FileNotFoundError as error:
@@ -116,27 +117,10 @@ def remove_entry(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def crc32_of(path: Path) -> int:
-    """CRC-32 of a file's bytes."""
-    checksum = 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
 def write_sealed(path: Path, values: dict[str, Any]) -> None:
     """Writes JSON with a checksum of itself, whole or not at all, and syncs it."""
     content = json.dumps(values, sort_keys=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w") as file:
-            json.dump({"crc32": zlib.crc32(content.encode()), "content": values}, file, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, json.dumps({"crc32": zlib.crc32(content.encode()), "content": values}, sort_keys=True), sync=True)
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
@@ -180,7 +164,7 @@ def explain_writing(root: Path) -> Iterator[None]:
         root.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL_DISK_ERRORS:
             raise UserError(
                 f"no room for tokens in {str(root)!r} ({error.strerror}); what is finished there is unchanged; make room and give the same "
                 "command again, which goes on where it stopped, or name another place with MOEJAX_CACHE or --data.cache-dir"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from moejax.config import DataConfig, Domain, RunConfig, Stage
+from moejax.config import DataConfig, Domain, RunConfig, Stage, UserError
+from moejax.data import hub_text
 from moejax.data.curriculum import Schedule, measure_usage, normalise_weights
-from moejax.data.sources import DEFAULT_MEGABYTES
+from moejax.data.sources import DEFAULT_MEGABYTES, list_files
 
 BYTES_PER_TOKEN = 3.5  # of text that no tokenizer has read yet; a rough guess
-HUB_PREFIX = "hf://"
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,10 @@ def measure_text(domain: Domain, data: DataConfig, tokens_of: Callable[[Domain],
     limits = [limit for limit in (domain.max_megabytes, data.max_megabytes) if limit is not None]
     if domain.builtin is not None:
         size, what = min(limits, default=DEFAULT_MEGABYTES) * 1e6, "at most {}"
-    elif domain.path.startswith(HUB_PREFIX):
+    elif domain.path.startswith(hub_text.PREFIX):
         return TextSize(None, "not prepared; on the Hub")
     else:
-        sizes = list(_file_sizes(domain.path))
+        sizes = _list_sizes(domain)
         if not sizes:
             return TextSize(None, "not prepared; nothing there yet")
         files = "1 file" if len(sizes) == 1 else f"{len(sizes):,} files"
@@ -45,16 +42,12 @@ def measure_text(domain: Domain, data: DataConfig, tokens_of: Callable[[Domain],
     return TextSize(tokens, f"not prepared; {what.format(format_count(size) + 'B')}, about {format_count(tokens)} tokens")
 
 
-def _file_sizes(path: str) -> Iterator[int]:
-    """Bytes of every file that a domain's path stands for, hidden ones left out; nothing where there is none."""
-    for place in glob.iglob(str(Path(path).expanduser()), recursive=True):
-        if os.path.isfile(place):
-            yield os.path.getsize(place)
-        for folder, folders, files in os.walk(place):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for file in files:
-                if not file.startswith(".") and os.path.isfile(os.path.join(folder, file)):
-                    yield os.path.getsize(os.path.join(folder, file))
+def _list_sizes(domain: Domain) -> list[int]:
+    """Bytes of every file that would be read for a domain; nothing where its path names none."""
+    try:
+        return [file.size for file in list_files(domain)]
+    except UserError:
+        return []
 
 
 def describe_plan(config: RunConfig, tokens_of: Callable[[Domain], int | None]) -> str:

@@ -1,6 +1,6 @@
 """moejax-data prepare CONFIG.py [--workers N] [--data.path DIR ...]: tokenises what a run will read, and stops.
 
-The tokens go into the cache ($MOEJAX_CACHE, else ~/.cache/moejax, else --data.cache-dir), where train.py finds them. A command that was
+The tokens go into the cache (--data.cache-dir, else $MOEJAX_CACHE, else ~/.cache/moejax), where train.py finds them. A command that was
 stopped goes on where it was when it is given again. Every field of the run is a flag, as with train.py.
 """
 

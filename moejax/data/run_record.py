@@ -7,13 +7,13 @@ where an entry is gone, one made again must be equal, or the run cannot go on.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moejax.config import DataConfig, Domain, UserError
 from moejax.data.cache import Entry
+from moejax.files import write_file
 
 RECORD_FILE = "data.json"
 
@@ -89,9 +89,4 @@ def write_record(directory: Path, data: DataConfig, entries: Mapping[str, Entry]
     text = json.dumps({"domains": domains}, indent=2) + "\n"
     if path.is_file() and path.read_text(errors="replace") == text:
         return
-    temporary = path.with_name(f".{RECORD_FILE}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, text)

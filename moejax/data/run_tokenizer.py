@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from moejax.config import DataConfig, Domain, UserError
 from moejax.data import text as tokenizers
-from moejax.data.cache import INDEX, Log, crc32_of, make_key, read_sealed, write_sealed
+from moejax.data.cache import INDEX, Log, make_key, read_sealed, write_sealed
 from moejax.data.documents import Document
+from moejax.files import measure_file
 
 _SAMPLE = 4_000_000  # characters the tokenizer is trained on, all domains together
 _SAMPLE_PER_DOCUMENT = 20_000
@@ -68,7 +69,7 @@ def find_or_train_tokenizer(
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this one's number before
     try:
         tokenizer.save(temporary)
-        files = {path.name: crc32_of(path) for path in temporary.iterdir()}
+        files = {path.name: measure_file(path)[1] for path in temporary.iterdir()}
         write_sealed(temporary / INDEX, {"files": files})
         if not directory.exists():
             os.replace(temporary, directory)
@@ -99,7 +100,7 @@ def _find(directory: Path, log: Log | None) -> tokenizers.Tokenizer | None:
         return None
     index = read_sealed(directory / INDEX)
     if index is not None and all(
-        (directory / name).is_file() and crc32_of(directory / name) == crc for name, crc in index["files"].items()
+        (directory / name).is_file() and measure_file(directory / name)[1] == crc for name, crc in index["files"].items()
     ):
         return tokenizers.load_tokenizer(directory)
     if log is not None:

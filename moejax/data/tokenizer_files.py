@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moejax.config import UserError
 from moejax.data.chat import CHAT_FORMATS
+from moejax.files import write_file
 
 SETTINGS_FILE = "tokenizer_settings.json"
 
@@ -62,9 +62,4 @@ def save_files(directory: Path, name: str, data: bytes, settings: TokenizerSetti
     directory.mkdir(parents=True, exist_ok=True)
     # The settings first: a model file alone would be read with other ones.
     for file, content in ((SETTINGS_FILE, json.dumps(asdict(settings), indent=2).encode() + b"\n"), (name, data)):
-        temporary = directory / f".{file}.{os.getpid()}.part"
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, directory / file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(directory / file, content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 from moejax.config import RunConfig
 from moejax.data.curriculum import Schedule, normalise_weights
+from moejax.files import write_file
 
 # Okabe and Ito's colours, which those who see red and green alike can tell apart; black and yellow, poor as areas, come last.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -109,10 +111,6 @@ def _colour(place: int) -> str:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """The figure under its name once it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    write_file(path, picture.getvalue())

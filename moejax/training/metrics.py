@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moejax.files import write_file
+
 
 class MetricsLog:
     """Appends one JSON object a line to a file that is made on the first write."""
@@ -34,12 +36,7 @@ class MetricsLog:
         lines = self.path.read_text().splitlines()
         kept = [line for line in lines if (row := _parse(line)) is not None and wanted(row)]
         if len(kept) < len(lines):
-            temporary = self.path.with_suffix(".tmp")
-            try:
-                temporary.write_text("".join(line + "\n" for line in kept))
-                temporary.replace(self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_file(self.path, "".join(line + "\n" for line in kept))
 
 
 def _parse(line: str) -> dict[str, Any] | None:

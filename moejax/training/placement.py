@@ -16,30 +16,31 @@ from moejax.model.transformer import Transformer, abstract_parameters
 from moejax.sharding import axis_size, partition_spec
 
 
-def optimizer_shardings(model: Transformer, optimizer: optax.GradientTransformation) -> Any:
-    """A NamedSharding for every array of the optimiser's state: moments lie with their parameter, all else is whole everywhere."""
-    assert model.mesh is not None
-    return _optimizer_shardings(model.config, model.mesh, optimizer)
-
-
 @functools.lru_cache(maxsize=16)
-def _optimizer_shardings(config: ModelConfig, mesh: Mesh, optimizer: optax.GradientTransformation) -> Any:
+def optimizer_shardings(config: ModelConfig, mesh: Mesh, optimizer: optax.GradientTransformation) -> Any:
+    """A NamedSharding for every array of the optimiser's state: moments lie with their parameter, all else is whole everywhere."""
     params = abstract_parameters(config)
     state = jax.eval_shape(optimizer.init, params)
     return shardings_like(state, params, parameter_shardings(config, mesh), mesh)
+
+
+def state_shardings(model: Transformer, optimizer: optax.GradientTransformation, state: Any) -> Any:
+    """A NamedSharding for every leaf of a state, as every step gets and leaves it; the state, or an abstract one, says what it holds."""
+    assert model.mesh is not None
+    whole = NamedSharding(model.mesh, PartitionSpec())
+    return state.replace(
+        step=whole,
+        params=parameter_shardings(model.config, model.mesh),
+        optimizer_state=optimizer_shardings(model.config, model.mesh, optimizer),
+        counters=jax.tree.map(lambda _: whole, state.counters),
+    )
 
 
 def place_state(model: Transformer, optimizer: optax.GradientTransformation, state: Any) -> Any:
     """The state, inside a compiled function, laid out as every step gets and leaves it."""
     if model.mesh is None:
         return state
-    whole = NamedSharding(model.mesh, PartitionSpec())
-    return state.replace(
-        step=lax.with_sharding_constraint(state.step, whole),
-        params=lax.with_sharding_constraint(state.params, parameter_shardings(model.config, model.mesh)),
-        optimizer_state=lax.with_sharding_constraint(state.optimizer_state, optimizer_shardings(model, optimizer)),
-        counters=lax.with_sharding_constraint(state.counters, whole),
-    )
+    return lax.with_sharding_constraint(state, state_shardings(model, optimizer, state))
 
 
 def place_gradients(model: Transformer, gradients: Any) -> Any:
@@ -53,17 +54,11 @@ def describe_placed(model: Transformer, optimizer: optax.GradientTransformation,
     """An abstract state with shardings: what a checkpoint is restored into."""
     if model.mesh is None:
         return state
-    whole = NamedSharding(model.mesh, PartitionSpec())
 
     def describe(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return state.replace(
-        step=describe(state.step, whole),
-        params=jax.tree.map(describe, state.params, parameter_shardings(model.config, model.mesh)),
-        optimizer_state=jax.tree.map(describe, state.optimizer_state, optimizer_shardings(model, optimizer)),
-        counters=jax.tree.map(lambda leaf: describe(leaf, whole), state.counters),
-    )
+    return jax.tree.map(describe, state, state_shardings(model, optimizer, state))
 
 
 def rows_of_process(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:

@@ -3,15 +3,14 @@
 Of a run in progress, done, or killed. The page is RUN_DIRECTORY/report.html, or --out FILE.
 """
 
-import contextlib
 import html
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moejax.cli import parse, run_command
 from moejax.config import UserError
+from moejax.files import write_file
 from moejax.training.report_data import RunRecord, read_run
 from moejax.training.report_figures import drawing_style
 from moejax.training.report_sections import SECTIONS
@@ -56,15 +55,10 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
     record = read_run(directory)
     target = directory / "report.html" if out is None else out
     page = build_page(record)
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, target)
+        write_file(target, page)
     except OSError as error:
         raise UserError(f"cannot write the report {target}: {error.strerror}; choose another place with --out FILE") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return target
 
 

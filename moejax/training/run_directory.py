@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moejax.config import RunConfig, UserError, to_json
+from moejax.files import write_file
 
 # Fields of the model that change how it is computed, not what it is: a run may go on with others.
 HOW_NOT_WHAT = {"dispatch", "dtype", "remat"}
@@ -87,16 +88,11 @@ def claim_run_directory(config: RunConfig) -> Path:
         before = _read_config(path)
         if any((directory / name).exists() for name in LEFT_BY_A_RUN):
             _refuse_other_run(directory, before, values)
-    temporary = path.with_suffix(".tmp")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
-        os.replace(temporary, path)
+        write_file(path, json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise _cannot_write(directory, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return directory
 
 

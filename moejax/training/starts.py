@@ -6,7 +6,6 @@ appended, so that a kill loses one interval at most; the next start writes one l
 
 import contextlib
 import json
-import os
 import platform
 import shlex
 import socket
@@ -17,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moejax.files import write_file
 from moejax.training.clock import Spent
 
 PACKAGES = ("moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
@@ -40,13 +40,7 @@ class StartsLog:
         self.start = {"start": number, "began": began, "first_step": first_step, "last_step": first_step - 1, "ended": None, **facts}
         self.start |= self._sum_up()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            temporary.write_text("".join(json.dumps(start) + "\n" for start in [*self.earlier, self.start]))
-            os.replace(temporary, self.path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        write_file(self.path, "".join(json.dumps(start) + "\n" for start in [*self.earlier, self.start]))
 
     def tell(self, **facts: Any) -> None:
         """Adds to what is known of this start, once it has begun; in the file from the next `progress` on."""

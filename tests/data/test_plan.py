@@ -48,6 +48,7 @@ def test_text_is_measured_by_what_lies_there(config, tmp_path):
     (tmp_path / "web" / "one.txt").write_text("x" * 1000)
     (tmp_path / "web" / "deep" / "two.jsonl").write_text("x" * 600)
     (tmp_path / "web" / "deep" / ".hidden" / "three.txt").write_text("x" * 9000)
+    (tmp_path / "web" / "picture.png").write_bytes(b"x" * 9000)  # no text: it is not read
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "notes.txt").write_text("x" * 9000)
     web, code, sql = config.data.domains

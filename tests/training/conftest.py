@@ -1,4 +1,4 @@
-"""A run's directory as a long run leaves it, made up: what the report is tried on."""
+"""A clock that moves when it is told to; and a run's directory as a long run leaves it, made up: what the report is tried on."""
 
 import json
 import math
@@ -10,6 +10,22 @@ import pytest
 from moejax.config import DataConfig, ModelConfig, RunConfig, Stage, TrainConfig, to_json
 
 TOKENS_PER_STEP = 1_000_000
+
+
+class FakeClock:
+    """Says `now` whenever it is called."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """A clock at 50 s."""
+    return FakeClock()
 
 
 def make_row(step: int, layers: int, rng: random.Random) -> dict:

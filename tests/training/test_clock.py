@@ -12,19 +12,6 @@ from moejax.training.clock import CompileTimer, StepClock
 COMPILING = "/jax/core/compile/backend_compile_duration"
 
 
-class FakeClock:
-    def __init__(self):
-        self.now = 50.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
-
-
 def test_every_second_falls_into_one_part(clock):
     compiled = [0.0]
     steps = StepClock(clock, lambda: compiled[0])

@@ -19,19 +19,11 @@ PEAK = 1e9
 COMPILING = "/jax/core/compile/backend_compile_duration"
 
 
-class FakeClock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch):
-    """A clock at 1000 s, and a device that does 10^9 FLOP/s."""
+def clock(clock, monkeypatch):
+    """The clock, and a device that does 10^9 FLOP/s."""
     monkeypatch.setattr(hardware, "find_peak", lambda devices, dtype: hardware.Peak(PEAK * len(devices), "listed"))
-    return FakeClock()
+    return clock
 
 
 def make_config(directory, **train) -> RunConfig:
