@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from tests.conftest import ROOT
 
 from moejax import launch
+from tests.conftest import ROOT
 
 PROGRAM = """
 import json, os, sys

@@ -15,7 +15,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
