@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
-from moejax.ops.grouped import group_starts, grouped_matmul, over_blocks, pad_rows
+from moejax.ops.grouped import SPARE_ROWS, group_starts, grouped_matmul, over_blocks, pad_rows
 from moejax.ops.matmul import precision_of
 
 
@@ -89,7 +89,7 @@ def _run(rows: Array, weights: ExpertWeights, group_sizes: Array, keep: bool) ->
             out = _put(out, _dot(jax.nn.silu(gate) * up, weight.down, 1, 1), first)
             return out, None if kept is None else (_put(kept[0], gate, first), _put(kept[1], up, first))
 
-        return over_blocks(start, size, rows.shape[0], block, carry), None
+        return over_blocks(start, size, rows.shape[0] - SPARE_ROWS, block, carry), None
 
     carry, _ = lax.scan(group, (jnp.zeros_like(rows), kept), (weights, group_starts(group_sizes), group_sizes))
     return carry
@@ -116,7 +116,7 @@ def _backward(saved, gradient: Array):
             return _put(row_gradient, dx, first), jax.tree.map(jnp.add, totals, shares)
 
         zeros = jax.tree.map(jnp.zeros_like, weight)
-        return over_blocks(start, size, rows.shape[0], block, (row_gradient, zeros))
+        return over_blocks(start, size, rows.shape[0] - SPARE_ROWS, block, (row_gradient, zeros))
 
     starts = group_starts(group_sizes)
     row_gradient, weight_gradient = lax.scan(group, jnp.zeros_like(rows), (weights, starts, group_sizes))

@@ -15,10 +15,11 @@ from jaxtyping import Float, Int
 
 from moejax.ops.matmul import precision_of
 
-# Rows of one matmul. Large blocks keep the cores busy; the smaller ones finish a group, so that at most 15 rows are computed for nothing.
-BLOCK_ROWS = (256, 64, 16)
+# Rows of one matmul: as many of the largest as fit into a group, then one that takes the rest. Fewer, larger blocks keep the cores busy and
+# add to a weight's gradient less often; the steps between the sizes bound the rows computed for nothing.
+BLOCK_ROWS = (16, 32, 64, 96, 128, 160, 192, 224, 256)
 # Rows a caller may append that belong to no group. With them, blocks that reach past the last group need no padded copies of the rows.
-SPARE_ROWS = BLOCK_ROWS[-1]
+SPARE_ROWS = 32  # the widest step
 
 Rows = Float[Array, "M inside"]
 Weights = Float[Array, "E outside inside"]
@@ -74,16 +75,24 @@ _blocked.defvjp(_forward, _backward)
 
 
 def over_blocks(start: Array, size: Array, num_rows: int, body: Callable, carry):
-    """Folds `body(first row, number of rows, carry)` over a group's rows: as many blocks of each size as fit, largest first.
+    """Folds `body(first row, number of rows, carry)` over a group's rows: blocks of the largest size, then the smallest that holds the rest.
 
     The last block reaches less than SPARE_ROWS rows past the group, so callers have that many behind their rows.
     """
+    largest = BLOCK_ROWS[-1]
+    count = jnp.zeros_like(size)
+    if largest <= num_rows:
+        count = size // largest
+        carry = lax.fori_loop(0, count, lambda i, c: body(start + i * largest, largest, c), carry)
+    first, rest, smaller = start + count * largest, size - count * largest, 0
     for rows in BLOCK_ROWS:
-        if rows > num_rows and rows != BLOCK_ROWS[-1]:
-            continue
-        count = (size + rows - 1) // rows if rows == BLOCK_ROWS[-1] else size // rows
-        carry = lax.fori_loop(0, count, lambda i, c, rows=rows, start=start: body(start + i * rows, rows, c), carry)
-        start, size = start + count * rows, size - count * rows
+        # A loop of no turn or one, not a branch: XLA copies what a branch carries. The place depends on the turn, lest the compiler take the
+        # work out of the loop and do it in any case.
+        turns = ((rest > smaller) & (rest <= rows)).astype(jnp.int32)
+        carry = lax.fori_loop(0, turns, lambda i, c, rows=rows: body(first + i * rows, rows, c), carry)
+        smaller = rows
+        if rows >= num_rows:
+            break
     return carry
 
 
