@@ -75,7 +75,7 @@ _blocked.defvjp(_forward, _backward)
 
 
 def over_blocks(start: Array, size: Array, num_rows: int, body: Callable, carry):
-    """Folds `body(first row, number of rows, carry)` over a group's rows: blocks of the largest size, then the smallest that holds the rest.
+    """Folds `body(first row, number of rows, carry)` over a group's rows: largest blocks, then the smallest that holds the rest.
 
     The last block reaches less than SPARE_ROWS rows past the group, so callers have that many behind their rows.
     """
@@ -86,8 +86,8 @@ def over_blocks(start: Array, size: Array, num_rows: int, body: Callable, carry)
         carry = lax.fori_loop(0, count, lambda i, c: body(start + i * largest, largest, c), carry)
     first, rest, smaller = start + count * largest, size - count * largest, 0
     for rows in BLOCK_ROWS:
-        # A loop of no turn or one, not a branch: XLA copies what a branch carries. The place depends on the turn, lest the compiler take the
-        # work out of the loop and do it in any case.
+        # A loop of no turn or one, not a branch: XLA copies what a branch carries. The place depends on the turn, lest the
+        # compiler take the work out of the loop and do it in any case.
         turns = ((rest > smaller) & (rest <= rows)).astype(jnp.int32)
         carry = lax.fori_loop(0, turns, lambda i, c, rows=rows: body(first + i * rows, rows, c), carry)
         smaller = rows
