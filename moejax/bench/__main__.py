@@ -6,7 +6,9 @@ from moejax.cli import parse, run_command
 from moejax.config import UserError
 from moejax.launch import prepare_process
 
-BENCHMARKS = ("train", "save", "storage_order", "convert", "data", "tpu_compile")
+BENCHMARKS = (
+    "train", "moe", "decode", "prefill", "startup", "growth", "convert", "data", "save", "storage_order", "tpu_compile",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -15,7 +17,16 @@ def main(argv: list[str]) -> None:
     if name not in BENCHMARKS:
         raise UserError(f"got benchmark {name!r}; expected `python -m moejax.bench NAME` with NAME one of {', '.join(BENCHMARKS)}")
     module = importlib.import_module(f"moejax.bench.{name}")
-    module.run(parse(argv[1:], module.Arguments(), description=module.__doc__))
+    arguments = parse(argv[1:], module.Arguments(), description=module.__doc__)
+    from moejax.bench.output import Output, check_output
+
+    if isinstance(arguments, Output):
+        check_output(name, arguments)
+    import jax
+
+    # Seconds of compiling are those of compiling, not of finding what an earlier run compiled.
+    jax.config.update("jax_enable_compilation_cache", False)
+    module.run(arguments)
 
 
 if __name__ == "__main__":

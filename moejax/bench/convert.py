@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moejax.bench.measure import report
+from moejax.bench.measure import describe_timing, summarise_seconds
+from moejax.bench.output import Output, report
 from moejax.checkpoint.names import list_sources
 from moejax.config import UserError
 from moejax.families.mixtral import MIXTRAL
@@ -24,7 +25,7 @@ SAMPLED_EVERY = 0.02  # seconds
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Output):
     """Makes a bfloat16 checkpoint of `layers` layers (2: 6.4 GB, 6: 18 GB), copies it, converts it; needs three times its size of disk."""
 
     directory: str = ""  # an empty or new directory on the disk to be measured; what is written there is removed
@@ -32,7 +33,6 @@ class Arguments:
     repeats: int = 1
     dtype: str | None = None
     verify: bool = False
-    json: str | None = None  # a file for the result; - prints only the JSON
 
 
 def run(arguments: Arguments) -> None:
@@ -54,6 +54,11 @@ def run(arguments: Arguments) -> None:
             copies.append(time_copy(work))
         seconds = float(np.median([conversion.seconds for conversion in conversions]))
         result |= {
+            "bytes_per_second": size / seconds,
+            "ceiling_bytes_per_second": size / float(np.mean(copies)),
+            "fraction_of_ceiling": float(np.mean(copies)) / seconds,
+            "bound": "bytes",
+            **describe_timing(summarise_seconds([conversion.seconds for conversion in conversions])),
             "convert_seconds": [conversion.seconds for conversion in conversions],
             "convert_cpu_seconds": [conversion.cpu_seconds for conversion in conversions],
             "copy_seconds": copies,
@@ -65,7 +70,7 @@ def run(arguments: Arguments) -> None:
         }
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    report("convert", result, arguments.json)
+    report("convert", result, arguments)
 
 
 def write_synthetic(directory: Path, layers: int) -> int:

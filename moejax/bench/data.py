@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from moejax.bench.measure import report
+from moejax.bench.measure import describe_timing, summarise_seconds
+from moejax.bench.output import Output, report
 from moejax.config import DataConfig, Domain
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Output):
     """Times the preparation of text."""
 
     megabytes: float = 50.0  # of text
@@ -31,7 +32,6 @@ class Arguments:
     workers: int | None = None  # processes and threads; None: one a core
     batch_size: int = 8
     sequence_length: int = 256
-    json: str | None = None  # a file for the result; - prints only the JSON
 
 
 def make_text(megabytes: float, seed: int = 0) -> list[str]:
@@ -85,9 +85,16 @@ def run(arguments: Arguments) -> None:
         rates = {name: size / float(np.median(values)) for name, values in seconds.items()}
         ratios = [a / b for a, b in zip(seconds["sentencepiece"], seconds["prepare"], strict=True)]
         rows = prepared.rows["text"]
+        seconds_to_prepare = summarise_seconds(seconds["prepare"])
         order = np.random.default_rng(0).permutation(len(rows))[:2000].tolist()
         dataset = make_dataset(data, prepared.rows, arguments.batch_size)
         result = {
+            "tokens_per_second": len(rows) * arguments.sequence_length / seconds_to_prepare.median,
+            "bytes_per_second": size * 1e6 / seconds_to_prepare.median,
+            "ceiling_bytes_per_second": rates["sentencepiece"] * 1e6,
+            "fraction_of_ceiling": float(np.median(ratios)),
+            "bound": "bytes",
+            **describe_timing(seconds_to_prepare),
             "text_megabytes": size,
             "sentencepiece_megabytes_per_second": rates["sentencepiece"],
             "prepare_megabytes_per_second": rates["prepare"],
@@ -102,7 +109,7 @@ def run(arguments: Arguments) -> None:
             "batch_size": arguments.batch_size,
             "sequence_length": arguments.sequence_length,
         }
-        report("data", result, arguments.json)
+        report("data", result, arguments)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

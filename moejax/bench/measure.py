@@ -1,8 +1,10 @@
-"""How benchmarks measure: warm-up, median and spread, the machine's own ceiling in the same run, a table and JSON."""
+"""How benchmarks measure: warm-up, median and spread, the machine's own ceilings in the same turns, and what machine it was."""
 
-import json
+import dataclasses
+import datetime
+import functools
+import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +15,9 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+MATMUL_SIZE = 2048
+SWEPT_SHAPE = (4096, 8192)  # of the array that bandwidth is measured on: 134 MB in float32, more than caches hold
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -21,6 +26,11 @@ class Timing:
     median: float
     lowest: float
     highest: float
+
+
+def summarise_seconds(seconds: list[float]) -> Timing:
+    """Median and spread of some calls."""
+    return Timing(float(np.median(seconds)), min(seconds), max(seconds))
 
 
 def time_calls(functions: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, Timing]:
@@ -34,42 +44,106 @@ def time_calls(functions: dict[str, Callable[[], Any]], repeats: int, warmup: in
             started = time.perf_counter()
             jax.block_until_ready(function())
             seconds[name].append(time.perf_counter() - started)
-    return {name: Timing(float(np.median(s)), min(s), max(s)) for name, s in seconds.items()}
+    return {name: summarise_seconds(values) for name, values in seconds.items()}
 
 
-def matmul_ceiling(size: int = 2048) -> Callable[[], Any]:
-    """A square float32 matmul, 2 * size³ FLOP: what the machine does at its best."""
-    x = jax.random.normal(jax.random.key(0), (size, size))
-    multiply = jax.jit(jnp.matmul)
+def compile_program(function: Any, *arguments: Any) -> tuple[Any, float]:
+    """(a jitted function compiled for these arguments, seconds of tracing, lowering and compiling it)."""
+    started = time.perf_counter()
+    compiled = function.lower(*arguments).compile()
+    return compiled, time.perf_counter() - started
+
+
+def temporary_bytes(compiled: Any) -> int | None:
+    """Bytes of temporaries of a compiled program, as XLA plans them; None where it does not say."""
+    memory = compiled.memory_analysis()
+    return None if memory is None else int(memory.temp_size_in_bytes)
+
+
+def matmul_ceiling(size: int = MATMUL_SIZE, dtype: str = "float32") -> Callable[[], Any]:
+    """A square matmul, 2 * size³ FLOP: what the machine does at its best; in float32 at full precision, as in the model."""
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    multiply = jax.jit(functools.partial(jnp.matmul, precision="highest" if dtype == "float32" else None))
     return lambda: multiply(x, x)
 
 
+class Ceilings:
+    """What the machine can do at its best, as functions to be timed in turns with the thing measured, and what follows from their times.
+
+    A square matmul for FLOP/s. For bytes/s the better of two sweeps over an array that no cache holds: a matrix times a vector, which
+    reads it, and a copy onto itself, which reads and writes every entry; a copy to new memory would measure the system's handing it out.
+    They take memory of their own: make them after the peak of what is measured was noted.
+    """
+
+    def __init__(self, dtype: str = "float32", matmul_size: int = MATMUL_SIZE, swept_shape: tuple[int, int] = SWEPT_SHAPE) -> None:
+        self.matmul_flops = 2 * matmul_size**3
+        self.swept_bytes = swept_shape[0] * swept_shape[1] * jnp.dtype(dtype).itemsize
+        self._vector = jnp.ones(swept_shape[1], dtype)
+        self._matrix = [jnp.ones(swept_shape, dtype)]
+        self._multiply = jax.jit(jnp.matmul)
+        self._negate = jax.jit(jnp.negative, donate_argnums=0)
+        self.functions: dict[str, Callable[[], Any]] = {
+            "ceiling: matmul": matmul_ceiling(matmul_size, dtype),
+            "ceiling: matrix times vector": lambda: self._multiply(self._matrix[0], self._vector),
+            "ceiling: copy": self._copy,
+        }
+
+    def _copy(self) -> Any:
+        self._matrix[0] = self._negate(self._matrix[0])
+        return self._matrix[0]
+
+    def results(self, timings: dict[str, Timing]) -> dict[str, float]:
+        """`ceiling_flops_per_second` and `ceiling_bytes_per_second`, from the timings of `functions`; and the two sweeps by themselves."""
+        read = self.swept_bytes / timings["ceiling: matrix times vector"].median
+        copied = 2 * self.swept_bytes / timings["ceiling: copy"].median
+        return {
+            "ceiling_flops_per_second": self.matmul_flops / timings["ceiling: matmul"].median,
+            "ceiling_bytes_per_second": max(read, copied),
+            "matrix_times_vector_bytes_per_second": read,
+            "copy_bytes_per_second": copied,
+        }
+
+
+def describe_timing(timing: Timing) -> dict[str, float]:
+    """Median and spread under the names that every benchmark gives them."""
+    return {"seconds": timing.median, "seconds_lowest": timing.lowest, "seconds_highest": timing.highest}
+
+
+def peak_memory() -> dict[str, int | None]:
+    """`peak_resident_bytes` of this process so far; `peak_device_bytes` of the fullest device, None where devices do not count (CPU)."""
+    from moejax.training import hardware
+
+    largest, source = hardware.peak_memory_bytes(jax.devices())
+    return {"peak_resident_bytes": hardware.peak_resident_bytes(), "peak_device_bytes": largest if source == "device" else None}
+
+
 def describe_machine() -> dict[str, Any]:
-    """Device, versions and peak memory: what a figure is worth little without."""
+    """Device, versions, date and what else ran: what a figure is worth little without."""
     import flax
     import jaxlib
 
+    import moejax
+
     return {
         "device": jax.devices()[0].device_kind,
+        "platform": jax.devices()[0].platform,
         "devices": jax.device_count(),
         "machine": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        # Pages of 2 MB for large temporaries: glibc gives 4 kB ones otherwise, and every first touch of one is a fault.
+        "large_pages": "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "").split(":"),
+        "load_average": os.getloadavg()[0],
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(["python -m moejax.bench", *sys.argv[1:]]),
         "python": platform.python_version(),
+        "moejax": moejax.__version__,
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "flax": flax.__version__,
-        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "numpy": np.__version__,
     }
 
 
-def report(name: str, result: dict[str, Any], json_path: str | None) -> None:
-    """Prints the result as a table; with a path, as JSON there too; with `-`, as JSON on stdout and nothing else."""
-    result = {"benchmark": name, **result, **describe_machine()}
-    if json_path == "-":
-        print(json.dumps(result))
-        return
-    for key, value in result.items():
-        print(f"{key:<44}{f'{value:,.4g}' if isinstance(value, float) else value}")
-    if json_path is not None:
-        with open(json_path, "w") as file:
-            json.dump(result, file, indent=2)
-        print(f"written to {json_path}", file=sys.stderr)
+def describe_shape(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Some fields of a configuration dataclass, as results carry them."""
+    return {name: getattr(config, name) for name in names if name in {field.name for field in dataclasses.fields(config)}}

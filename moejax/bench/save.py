@@ -11,19 +11,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moejax.bench.measure import report
-from moejax.bench.train import PEER_SHAPE
+from moejax.bench.measure import describe_timing, summarise_seconds
+from moejax.bench.output import Output, report
+from moejax.bench.shape import PEER_SHAPE
 from moejax.config import ModelConfig, RunConfig, TrainConfig
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Output):
     """Times saves of a run's state, into a directory that is removed afterwards."""
 
     model: ModelConfig = field(default_factory=lambda: PEER_SHAPE)
     repeats: int = 5
     directory: str | None = None  # where the checkpoints are written; None: where temporary files go
-    json: str | None = None  # a file for the result; - prints only the JSON
 
 
 def run(arguments: Arguments) -> None:
@@ -48,11 +48,14 @@ def run(arguments: Arguments) -> None:
             started = time.perf_counter()
             store.save(Path(folder) / "at_once", state.params, arguments.model, optimizer=state.optimizer_state, overwrite=True)
             at_once.append(time.perf_counter() - started)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     result = {
-        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+        "bytes_per_second": size / float(np.median(whole[1:])),
+        **describe_timing(summarise_seconds(whole[1:])),
+        "state_bytes": size,
         "save_returns_seconds": float(np.median(blocking[1:])),  # the first one imports Orbax
         "save_returns_seconds_highest": max(blocking[1:]),
         "save_complete_seconds": float(np.median(whole[1:])),
         "save_at_once_seconds": float(np.median(at_once[1:])),
     }
-    report("save", result, arguments.json)
+    report("save", result, arguments)

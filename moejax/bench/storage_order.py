@@ -6,18 +6,18 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from moejax.bench.measure import report, time_calls
+from moejax.bench.measure import time_calls
+from moejax.bench.output import Output, report
 
 # rows, inputs, outputs: projections, experts and head of a small model in training; projections of a large one in decoding
 SHAPES = ((2048, 256, 256), (2048, 256, 896), (2048, 896, 256), (2048, 256, 32000), (1, 4096, 4096), (1, 4096, 14336), (8, 4096, 4096))
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Output):
     """Times y = x W and its gradients with W stored both ways."""
 
     repeats: int = 7
-    json: str | None = None  # a file for the result; - prints only the JSON
 
 
 def run(arguments: Arguments) -> None:
@@ -41,4 +41,4 @@ def run(arguments: Arguments) -> None:
                 functions[f"{name} backward"] = lambda f=backward, w=weight, x=x, g=gradient: f(x, w, g)
         for name, timing in time_calls(functions, arguments.repeats).items():
             result[f"{rows}x{inputs}x{outputs} {name} ms"] = timing.median * 1e3
-    report("storage_order", result, arguments.json)
+    report("storage_order", result, arguments)

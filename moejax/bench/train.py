@@ -1,73 +1,104 @@
-"""One training step: tokens/s, and FLOP/s against a large matmul of the same run.
+"""One training step: tokens/s, and FLOP/s against a large matmul of the same turns.
 
 The default shape is a small Mixtral (39 M parameters, dropless); batch 8 x 256 tokens, float32, AdamW, clipped gradients.
 """
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
 
-from moejax.bench.measure import matmul_ceiling, report, time_calls
+from moejax.bench.measure import (
+    Ceilings,
+    compile_program,
+    describe_shape,
+    describe_timing,
+    peak_memory,
+    temporary_bytes,
+    time_calls,
+)
+from moejax.bench.output import Output, report
+from moejax.bench.shape import PEER_BATCH, PEER_SHAPE, SHAPE_FIELDS, hold_to_peer_shape
 from moejax.config import ModelConfig, TrainConfig
-
-PEER_SHAPE = ModelConfig(
-    family="mixtral", vocab_size=32000, hidden_size=256, intermediate_size=896, num_layers=4, num_heads=8, num_kv_heads=2,
-    head_size=32, num_experts=8, experts_per_token=2, rope_theta=1e6, residual_mlp=False, top_1_weight="one",
-    router_aux_loss_kind="pooled", router_aux_loss_coefficient=0.0, scan_layers=False,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Output):
     """Times training steps."""
 
     model: ModelConfig = field(default_factory=lambda: PEER_SHAPE)
-    batch_size: int = 8
-    sequence_length: int = 256
+    batch_size: int = PEER_BATCH[0]
+    sequence_length: int = PEER_BATCH[1]
     repeats: int = 10
-    json: str | None = None  # a file for the result; - prints only the JSON
+    peer_shape: bool = False  # the default shape, said aloud: no size may be another
 
 
-def run(arguments: Arguments) -> None:
-    """Measures and reports."""
+@dataclass(frozen=True)
+class CompiledStep:
+    """A training step that can be taken again and again, each on the state that the one before left."""
+
+    run: Callable[[], Any]  # one step; its loss
+    parameters: int
+    compile_seconds: float
+    temporary_bytes: int | None
+
+
+def compile_step(config: ModelConfig, rows: int, length: int) -> CompiledStep:
+    """A step of AdamW with clipping on [rows, length] random tokens, compiled; its state is initialised."""
     from moejax.data.rows import Batch
-    from moejax.families.flops import count_flops
     from moejax.model.transformer import Transformer
     from moejax.training.state import create_optimizer, create_state
     from moejax.training.step import train_step
 
-    config, shape = arguments.model, (arguments.batch_size, arguments.sequence_length)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    shape = (rows, length)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, length + 1), dtype=np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, np.float32), np.ones(shape, np.int32), positions)
     model, optimizer = Transformer(config), create_optimizer(TrainConfig(learning_rate=3e-5, warmup_steps=0))
     state = create_state(model, optimizer, seed=0)
-    started = time.perf_counter()
-    step = train_step.lower(model, optimizer, state, batch).compile()
-    compile_seconds = time.perf_counter() - started
+    jax.block_until_ready(state)
+    step, compile_seconds = compile_program(train_step, model, optimizer, state, batch)
     carried = [state]
 
-    def one_step() -> None:
+    def run() -> Any:
         carried[0], metrics = step(carried[0], batch)
-        jax.block_until_ready(metrics["loss"])
+        return metrics["loss"]
 
-    timings = time_calls({"step": one_step, "ceiling": matmul_ceiling()}, arguments.repeats)
-    flops = count_flops(config, *shape)
-    rate, ceiling = flops / timings["step"].median, 2 * 2048**3 / timings["ceiling"].median
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    del state  # the step's first donation then frees it
+    return CompiledStep(run, parameters, compile_seconds, temporary_bytes(step))
+
+
+def run(arguments: Arguments) -> None:
+    """Measures and reports."""
+    from moejax.families.flops import count_flops
+
+    arguments = hold_to_peer_shape(arguments, batch_size=PEER_BATCH[0], sequence_length=PEER_BATCH[1])
+    config, rows, length = arguments.model, arguments.batch_size, arguments.sequence_length
+    step = compile_step(config, rows, length)
+    for _ in range(2):
+        jax.block_until_ready(step.run())
+    memory = peak_memory()  # before the ceilings take theirs
+    ceilings = Ceilings(config.dtype)
+    timings = time_calls({"step": step.run, **ceilings.functions}, arguments.repeats)
+    flops, reached = count_flops(config, rows, length), ceilings.results(timings)
+    rate = flops / timings["step"].median
     result = {
-        "tokens_per_second": shape[0] * shape[1] / timings["step"].median,
-        "step_seconds": timings["step"].median,
-        "step_seconds_lowest": timings["step"].lowest,
-        "step_seconds_highest": timings["step"].highest,
-        "flops_per_step": flops,
+        "tokens_per_second": rows * length / timings["step"].median,
         "flops_per_second": rate,
-        "ceiling_flops_per_second": ceiling,
-        "fraction_of_ceiling": rate / ceiling,
-        "compile_seconds": compile_seconds,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(carried[0].params)),
-        "batch_size": shape[0],
-        "sequence_length": shape[1],
+        "fraction_of_ceiling": rate / reached["ceiling_flops_per_second"],
+        "bound": "flops",
+        **reached,
+        **describe_timing(timings["step"]),
+        "compile_seconds": step.compile_seconds,
+        "temporary_bytes": step.temporary_bytes,
+        **memory,
+        "flops_per_step": flops,
+        "parameters": step.parameters,
+        "batch_size": rows,
+        "sequence_length": length,
+        **describe_shape(config, SHAPE_FIELDS),
     }
-    report("train", result, arguments.json)
+    report("train", result, arguments)

@@ -1,17 +1,21 @@
 """The step benchmark: its JSON, and names that are none."""
 
-import json
+from __future__ import annotations
 
+import pytest
+
+from moejax.bench import train
+from moejax.families.flops import count_flops
+from tests.bench.conftest import SMALL
 from tests.conftest import run_command
 
 
-def test_json_is_all_that_is_printed():
-    small = ["--model.vocab-size", "64", "--model.hidden-size", "32", "--model.intermediate-size", "32", "--model.num-layers", "1"]
-    result = run_command(["python", "-m", "moejax.bench", "train", *small, "--sequence-length", "16", "--repeats", "2", "--json", "-"])
-    assert result.returncode == 0, result.stderr
-    values = json.loads(result.stdout)
-    assert {"tokens_per_second", "flops_per_second", "fraction_of_ceiling", "compile_seconds", "jax", "device"} <= values.keys()
-    assert 0 < values["fraction_of_ceiling"] < 2
+def test_its_figures_hang_together(run_benchmark):
+    result = run_benchmark(train, train.Arguments(model=SMALL, batch_size=3, sequence_length=16, repeats=2))
+    assert result["tokens_per_second"] * result["seconds"] == pytest.approx(3 * 16)
+    assert result["flops_per_second"] * result["seconds"] == pytest.approx(count_flops(SMALL, 3, 16))
+    assert result["compile_seconds"] > 0 and result["temporary_bytes"] > 0 and result["num_experts"] == 8
+    assert result["parameters"] == 2 * 64 * 32 + 3 * 32 + 2 * (32 * 32 + 16 * 32) + 8 * 32 + 8 * 3 * 32 * 48
 
 
 def test_an_unknown_benchmark_is_refused():
