@@ -12,11 +12,24 @@ from moejax.bench.measure import Ceilings, Timing
 
 
 def test_functions_are_called_in_turns_and_warming_up_does_not_count(monkeypatch):
-    calls, clock = [], iter(np.arange(100.0) ** 2)  # ever slower
+    calls, clock = [], iter(np.arange(100.0) ** 2 + 0.5 * np.arange(100))  # ever slower, and never below SETTLED_BELOW
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
     timings = measure.time_calls({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=1)
     assert calls == ["a", "b"] * 4
-    assert timings == {"a": Timing(9.0, 1.0, 17.0), "b": Timing(13.0, 5.0, 21.0)}
+    assert timings == {"a": Timing(17.5, 9.5, 25.5), "b": Timing(21.5, 13.5, 29.5)}
+
+
+def test_a_fast_function_is_called_once_more_in_front_of_each_turn(monkeypatch):
+    calls, now = [], [0.0]
+
+    def take(name, seconds):
+        calls.append(name)
+        now[0] += seconds
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    timings = measure.time_calls({"fast": lambda: take("fast", 0.25), "slow": lambda: take("slow", 4.0)}, repeats=2, warmup=1)
+    assert calls == ["fast", "slow"] + ["fast", "fast", "slow"] * 2
+    assert (timings["fast"].median, timings["slow"].median) == (0.25, 4.0)
 
 
 def test_ceilings_are_flop_and_bytes_over_seconds():
