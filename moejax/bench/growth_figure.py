@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from moejax.bench.output import write_whole
+from moejax.bench.output import write_result
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, which those who see red and green alike can tell apart
 TITLES = {
@@ -35,7 +35,7 @@ def draw_growth(rows: list[dict[str, Any]], path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "moejax"}):
         is_svg = path.suffix == ".svg"
         figure.savefig(drawn, format=path.suffix[1:], dpi=110, metadata={"Date": None} if is_svg else None)
-    write_whole(path, drawn.getvalue())
+    write_result(path, drawn.getvalue())
 
 
 def _draw_panel(panel: Any, axis: str, rows: list[dict[str, Any]]) -> None:

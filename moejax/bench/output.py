@@ -1,7 +1,6 @@
 """What every benchmark tells, and how: a table, JSON with the same keys in each, and a comparison with an earlier JSON."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from moejax.bench.measure import describe_machine, peak_memory
 from moejax.config import UserError
+from moejax.files import write_file
 
 # In every benchmark's JSON; null where the thing measured has no such figure. fraction_of_ceiling is that of the FLOP/s, or of the bytes/s
 # where `bound` says so. Of several rows, the first one's figures stand on top.
@@ -78,21 +78,17 @@ def report(name: str, result: dict[str, Any], output: Output, columns: Sequence[
         return whole
     print("\n".join(_tell(whole, columns) if earlier is None else _compare(whole, earlier, columns)))
     if output.json is not None:
-        write_whole(Path(output.json), json.dumps(whole, indent=2) + "\n")
+        write_result(Path(output.json), json.dumps(whole, indent=2) + "\n")
         print(f"written to {output.json}", file=sys.stderr)
     return whole
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file beside its name and renames it. Raises UserError where that is not possible."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+def write_result(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all. Raises UserError where that is not possible."""
     try:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(temporary, path)
+        write_file(path, content)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); write elsewhere") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _tell(whole: dict[str, Any], columns: Sequence[str]) -> list[str]:
@@ -151,4 +147,6 @@ def format_value(key: str, value: Any) -> str:
             return f"{value / 1e9:,.4g} {unit}"
     if key.endswith("_bytes"):
         return f"{value / 1e6:,.1f} MB"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

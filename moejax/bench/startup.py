@@ -117,6 +117,7 @@ def time_smallest_program() -> float:
 def time_start(script: Path, config: Path, directory: Path, programs: Path) -> Start:
     """Runs the command until its last step is taken. Raises UserError, with its last words, where it ends before."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(programs), "MOEJAX_CACHE": str(programs / "moejax")}
+    environment.pop("GLIBC_TUNABLES", None)  # the benchmark itself was begun again with large pages; a user's command has yet to
     log = directory.with_suffix(".log")
     with log.open("wb") as file:
         started, first, peak = time.perf_counter(), 0.0, 0

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from moejax.bench.output import COMMON, Output, check_output, format_value, markdown_table, report, write_whole
+from moejax.bench.output import COMMON, Output, check_output, format_value, markdown_table, report, write_result
 from moejax.config import UserError
 from tests.conftest import run_command
 
@@ -79,7 +79,7 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(tmp_
         check_output("train", Output(json=str(tmp_path / "missing" / "x.json")))
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*taken"):
-        write_whole(tmp_path / "taken", "text")
+        write_result(tmp_path / "taken", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
@@ -106,7 +106,8 @@ def test_tables_are_markdown():
         ("ceiling_bytes_per_second", 2.1e10, "21 GB/s"),
         ("peak_resident_bytes", 1_500_000, "1.5 MB"),
         ("large_pages", True, "True"),
-        ("tokens_per_second", 12345.6, "1.235e+04"),
+        ("tokens_per_second", 12345.6, "12,346"),
+        ("seconds", 0.0123456, "0.01235"),
         ("repeats", 12345, "12345"),
     ],
 )
