@@ -37,7 +37,7 @@ class Arguments(Output):
 
     model: ModelConfig = field(default_factory=lambda: PEER_SHAPE)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    tokens: tuple[int, ...] = (2048, 256, 8192)  # rows of one call
+    tokens: tuple[int, ...] = (2048, 256)  # rows of one call
     dispatch: tuple[str, ...] = ()  # kinds; none: all that run on these devices
     repeats: int = 7
 
