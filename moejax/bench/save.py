@@ -21,7 +21,7 @@ from moejax.config import ModelConfig, RunConfig, TrainConfig
 class Arguments(Output):
     """Times saves of a run's state, into a directory that is removed afterwards."""
 
-    model: ModelConfig = field(default_factory=lambda: PEER_SHAPE)
+    model: ModelConfig = field(default_factory=lambda: replace(PEER_SHAPE, scan_layers=True))  # stacked, as it lies on disk
     repeats: int = 5
     directory: str | None = None  # where the checkpoints are written; None: where temporary files go
 
