@@ -124,7 +124,7 @@ def _multiply(x: Array, weights: Array, group_sizes: Array, spare_rows: int, tra
             result = lax.dot_general(rows, weight, contract, precision=precision_of(x.dtype))
             return lax.dynamic_update_slice_in_dim(out, result, first, 0)
 
-        return over_blocks(start, size, num_rows, block, out), None
+        return over_blocks(start, size, padded.shape[0] - SPARE_ROWS, block, out), None
 
     out = jnp.zeros((padded.shape[0], inside if transpose else outside), x.dtype)
     out, _ = lax.scan(group, out, (weights, group_starts(group_sizes), group_sizes))
@@ -147,6 +147,6 @@ def _weight_gradient(x: Array, gradient: Array, group_sizes: Array, spare_rows: 
             outer = lax.dot_general(left, right, (((0,), (0,)), ((), ())), precision=precision_of(x.dtype))
             return total + outer
 
-        return carry, over_blocks(start, size, x.shape[0], block, jnp.zeros(shape, x.dtype))
+        return carry, over_blocks(start, size, padded_x.shape[0] - SPARE_ROWS, block, jnp.zeros(shape, x.dtype))
 
     return lax.scan(group, None, (group_starts(group_sizes), group_sizes))[1]
