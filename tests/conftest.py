@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -124,6 +124,25 @@ def golden_fixture():
 def run_command_fixture():
     """The function `run_command`, likewise."""
     return run_command
+
+
+class Hopper(NamedTuple):
+    """What kernels ask of the GPU they are lowered for; an H100."""
+
+    id: int = 0
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+    compute_capability: str = "9.0"
+    core_count: int = 132
+
+
+@pytest.fixture
+def hopper(monkeypatch) -> Hopper:
+    """A GPU to lower programs for: not there, and nothing runs on it."""
+    from jax.extend import backend
+
+    monkeypatch.setattr(backend, "get_default_device", Hopper)
+    return Hopper()
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

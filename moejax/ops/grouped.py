@@ -1,8 +1,8 @@
 """Grouped matmul: rows sorted by group, each group of rows times its own output-major weight.
 
-`grouped_matmul` picks by the platform it is compiled for: blocks of rows on CPU, `lax.ragged_dot` elsewhere. XLA's
-`ragged_dot` on CPU multiplies every row by every expert, E times the work; the blocks below do only the rows' own.
-`grouped_matmul_reference` is the slow truth both are tested against.
+`grouped_matmul` picks by the platform it is compiled for: blocks of rows on CPU, the kernels of `ops.grouped_cuda` on NVIDIA GPUs,
+`lax.ragged_dot` elsewhere. XLA's `ragged_dot` on CPU and GPU multiplies every row by every expert, E times the work; the blocks below
+do only the rows' own. `grouped_matmul_reference` is the slow truth all are tested against.
 """
 
 import functools
@@ -13,7 +13,9 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
+from moejax.ops import grouped_cuda
 from moejax.ops.matmul import precision_of
+from moejax.ops.platforms import say_once, trace_at_lowering
 
 # Rows of one matmul: as many of the largest as fit into a group, then one that takes the rest. Fewer, larger blocks keep the cores busy and
 # add to a weight's gradient less often; the steps between the sizes bound the rows computed for nothing.
@@ -39,12 +41,12 @@ def grouped_matmul(x: Rows, weights: Weights, group_sizes: Sizes, spare_rows: in
 
     The last `spare_rows` rows belong to no group: their results are finite where x is, but mean nothing.
     """
-    blocked = functools.partial(grouped_matmul_blocked, spare_rows=spare_rows)
-    return lax.platform_dependent(x, weights, group_sizes, cpu=blocked, default=grouped_matmul_ragged)
+    blocked, cuda = (functools.partial(way, spare_rows=spare_rows) for way in (grouped_matmul_blocked, grouped_matmul_cuda))
+    return lax.platform_dependent(x, weights, group_sizes, cpu=blocked, cuda=cuda, default=grouped_matmul_ragged)
 
 
 def grouped_matmul_ragged(x: Rows, weights: Weights, group_sizes: Sizes) -> Float[Array, "M outside"]:
-    """Through `lax.ragged_dot_general`, which TPUs run as one kernel."""
+    """Through `lax.ragged_dot_general`, which TPUs run as one kernel. On a GPU XLA makes it dense."""
     dimensions = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
@@ -72,6 +74,48 @@ def _backward(spare_rows: int, saved, gradient: Array):
 
 
 _blocked.defvjp(_forward, _backward)
+
+
+def grouped_matmul_cuda(x: Rows, weights: Weights, group_sizes: Sizes, spare_rows: int = 0) -> Float[Array, "M outside"]:
+    """By kernels on an NVIDIA GPU, in float32 or where the kernels do not fit by the blocks; which, is decided at lowering.
+
+    Lowering raises UserError in bfloat16 and float16 where the kernels would fit but tokamax is not installed.
+    """
+    return jnp.asarray(_cuda(x, weights, group_sizes, spare_rows))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _cuda(x: Array, weights: Array, group_sizes: Array, spare_rows: int) -> Array:
+    return _product_on_cuda("rows", x, weights, group_sizes, spare_rows)
+
+
+def _cuda_forward(x: Array, weights: Array, group_sizes: Array, spare_rows: int):
+    return _cuda(x, weights, group_sizes, spare_rows), (x, weights, group_sizes)
+
+
+def _cuda_backward(spare_rows: int, saved, gradient: Array):
+    x, weights, group_sizes = saved
+    row_gradient = _product_on_cuda("row_gradient", gradient, weights, group_sizes, spare_rows)
+    return row_gradient, _product_on_cuda("weight_gradient", gradient, x, group_sizes, spare_rows), None
+
+
+_cuda.defvjp(_cuda_forward, _cuda_backward)
+
+
+def _product_on_cuda(kind: grouped_cuda.Kind, left: Array, right: Array, group_sizes: Array, spare_rows: int) -> Array:
+    product = functools.partial(_choose_on_cuda, kind, spare_rows)
+    return trace_at_lowering(product, left, right, group_sizes, like=grouped_cuda.result_shape(kind, left, right, group_sizes))
+
+
+def _choose_on_cuda(kind: grouped_cuda.Kind, spare_rows: int, left: Array, right: Array, group_sizes: Array) -> Array:
+    outside, inside = (left.shape[1], right.shape[1]) if kind == "weight_gradient" else right.shape[1:]
+    reason = grouped_cuda.why_not(inside, outside, left.dtype)
+    if reason is None:
+        return grouped_cuda.multiply(kind, left, right, group_sizes)
+    say_once(f"grouped matmul on the GPU: a loop over blocks of rows, not tokamax's kernels; {reason}")
+    if kind == "weight_gradient":
+        return _weight_gradient(right, left, group_sizes, spare_rows)
+    return _multiply(left, right, group_sizes, spare_rows, transpose=kind == "row_gradient")
 
 
 def over_blocks(start: Array, size: Array, num_rows: int, body: Callable, carry):

@@ -78,10 +78,9 @@ def test_bfloat16_stays_bfloat16():
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.1)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_lowers_for_accelerators_to_a_ragged_dot(platform):
-    """Lowered, not run: nothing here has the device. The blocks are the CPU's; elsewhere one ragged dot stays one operation."""
+def test_lowers_for_tpus_to_a_ragged_dot():
+    """Lowered, not run: nothing here has the device. There one ragged dot is one operation."""
     x, weights, sizes, _ = make([8, 8, 8, 8])
-    lowered = export.export(jax.jit(grouped.grouped_matmul), platforms=[platform])(x, weights, sizes).mlir_module()
+    lowered = export.export(jax.jit(grouped.grouped_matmul), platforms=["tpu"])(x, weights, sizes).mlir_module()
     assert "ragged_dot" in lowered
     assert "while" not in lowered
