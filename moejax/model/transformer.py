@@ -225,7 +225,10 @@ class Transformer(nn.Module):
         segments = None if segments is None else jnp.asarray(segments)
         real_keys = real if cache is None else None  # in a cache, padding lies past the row's length and is never seen
         visibility = describe_visibility(
-            Indices(query_index, segments), Indices(key_index, segments, real_keys), window=config.attention_window
+            Indices(query_index, segments),
+            Indices(key_index, segments, real_keys),
+            window=config.attention_window,
+            whole_rows=cache is None,
         )
         positions = query_index if positions is None else jnp.asarray(positions)
         # Arctic's load-balance loss counts padding too; Mixtral's goes by the mask.

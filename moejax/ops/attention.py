@@ -3,6 +3,7 @@
 `attend` picks by sizes and by the platform it is compiled for; `attend_reference` is the slow truth that the others are tested against.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,8 +11,10 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
+from moejax.ops import attention_cuda, attention_tpu
 from moejax.ops.attention_blocked import attend_blocked
 from moejax.ops.matmul import precision_of
+from moejax.ops.platforms import say_once
 from moejax.ops.visibility import Visibility, visible_keys
 
 # Fewer queries than this (decoding) go through the reference: there is nothing to divide into blocks.
@@ -43,15 +46,45 @@ def rotate(x: Float[Array, "B T heads H"], rotation: Rotation) -> Float[Array, "
 def attend(
     query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], visibility: Visibility
 ) -> Float[Array, "B T N H"]:
-    """What `attend_reference` gives, by the way that is fast here: in blocks on CPU where there are queries enough, else as it is."""
+    """What `attend_reference` gives, by the way that is fast here: where there are queries enough, in blocks on CPU and by the kernels of
+    `ops.attention_tpu` and `ops.attention_cuda`; else, and where a kernel does not fit, as it is.
+    """
     if query.shape[1] < FEW_QUERIES:
         return attend_reference(query, key, value, visibility)
-    out = lax.platform_dependent(query, key, value, visibility, cpu=attend_blocked, default=attend_reference)
+    ways = _kernels(query, key, visibility)
+    # What one way keeps for the backward pass, the others carry as zeros until XLA finds out: all scores are computed again instead.
+    plain = jax.checkpoint(attend_reference)
+    out = lax.platform_dependent(query, key, value, visibility, cpu=attend_blocked, default=plain, **ways)
     if visibility.blind is None:
         return out
     mean = jnp.mean(value[:, : visibility.num_keys].astype(jnp.float32), axis=1).astype(value.dtype)
     mean = jnp.repeat(mean, query.shape[2] // key.shape[2], axis=1)
     return jnp.where(visibility.blind[:, :, None, None], mean[:, None], out)
+
+
+def _kernels(query: Array, key: Array, visibility: Visibility) -> dict[str, Callable[..., Array]]:
+    """The kernels that serve this, by platform. On a device that would have one, it is said once why there is none."""
+    whole = visibility.whole_rows and query.shape[1] == key.shape[1]  # fewer queries: the part of a row that a device of a mesh has
+    real, segments = visibility.keys.real, visibility.keys.segments
+    by_ranges = attention_cuda.needs_ranges(visibility.window, real, segments)
+    reasons = {"tpu": attention_tpu.why_not(query, whole), "cuda": attention_cuda.why_not(query, whole, by_ranges)}
+    here = {"tpu": "tpu", "gpu": "cuda"}.get(jax.default_backend())
+    if here is not None and reasons[here] is not None:
+        say_once(f"attention of {query.shape[1]} queries: all scores at once, not a kernel; {reasons[here]}")
+    ways = {"tpu": _attend_tpu, "cuda": _attend_cuda}
+    return {name: way for name, way in ways.items() if reasons[name] is None}
+
+
+def _attend_tpu(query: Array, key: Array, value: Array, visibility: Visibility) -> Array:
+    queries, keys = visibility.queries, visibility.keys
+    return attention_tpu.attend_tpu(
+        query, key, value, window=visibility.window, key_is_real=keys.real, query_segments=queries.segments, key_segments=keys.segments
+    )
+
+
+def _attend_cuda(query: Array, key: Array, value: Array, visibility: Visibility) -> Array:
+    keys = visibility.keys
+    return attention_cuda.attend_cuda(query, key, value, window=visibility.window, key_is_real=keys.real, segments=keys.segments)
 
 
 def attend_reference(

@@ -21,7 +21,9 @@ class Indices(NamedTuple):
     real: Bool[Array, "B T"] | None = None  # False is padding, which nobody sees; for keys alone
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("queries", "keys", "blind"), meta_fields=("window", "num_keys"))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("queries", "keys", "blind"), meta_fields=("window", "num_keys", "whole_rows")
+)
 @dataclasses.dataclass(frozen=True)
 class Visibility:
     """A query sees the keys at or before it, within the window, of its own segment, that are real."""
@@ -31,11 +33,14 @@ class Visibility:
     blind: Bool[Array, "B T"] | None = None  # queries that see no key at all; None where there can be none
     window: int | None = None  # keys seen, the query's own included
     num_keys: int | None = None  # keys from here on only fill up a mesh; None is all of them
+    whole_rows: bool = False  # queries and keys are the row's positions 0, 1, ..., in this order: no cache, nothing left out
 
 
-def describe_visibility(queries: Indices, keys: Indices, window: int | None = None, num_keys: int | None = None) -> Visibility:
+def describe_visibility(
+    queries: Indices, keys: Indices, window: int | None = None, num_keys: int | None = None, whole_rows: bool = False
+) -> Visibility:
     """The Visibility of these queries and keys. Only a mask of padding can leave a query without any key; they are found here, once."""
-    seen = Visibility(queries, keys, None, window, num_keys)
+    seen = Visibility(queries, keys, None, window, num_keys, whole_rows)
     if keys.real is None:
         return seen
     return dataclasses.replace(seen, blind=~jnp.any(visible_keys(seen), axis=-1))

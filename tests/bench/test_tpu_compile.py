@@ -16,6 +16,7 @@ GOOD = """
   %sent.1 = bf16[4,2,512,512]{3,2,1,0} all-to-all(%rows), channel_id=2, dimensions={0}
   %start.1 = (f32[8]{0}, f32[16]{0}) all-gather-start(%norms), channel_id=3, dimensions={0}
   %done.1 = f32[16]{0} all-gather-done(%start.1)
+  %kernel.1 = bf16[8,384,128]{2,1,0} custom-call(%q), metadata={op_name="splash_mha_fwd"}
   ROOT %sum.1 = f32[] all-reduce(%loss), channel_id=4, to_apply=%add
 """
 
@@ -42,6 +43,13 @@ def test_what_must_not_be_in_a_program(line, message):
 
 def test_a_collective_that_is_missing():
     assert check_text(GOOD, PROGRAMS["ragged"], SHAPE) == ["there is no ragged-all-to-all in the program"]
+
+
+def test_attention_that_is_not_a_kernel():
+    assert check_text(GOOD.replace("splash_mha", "dot"), PROGRAMS["capacity"], SHAPE) == ["there is no splash_mha_fwd in the program"]
+    scores = "  %s = f32[2,8,384,384]{3,2,1,0} fusion(%q), kind=kOutput"
+    assert check_text(GOOD + scores, PROGRAMS["capacity"], SHAPE) == ["the program has all scores of a row, [2, 8, 384, 384]"]
+    assert "all scores" not in " ".join(check_text(GOOD + scores, PROGRAMS["tensor"], SHAPE))
 
 
 def test_sizes_that_are_not_those_of_the_mesh():
@@ -73,9 +81,11 @@ def test_a_program_that_is_none():
 
 
 @pytest.mark.slow
-def test_one_program_compiles(run_command):
+@pytest.mark.parametrize(("topology", "program"), [("v5p:2x2x2", "ragged"), ("v6e:2x4", "gather")])
+def test_one_program_compiles(run_command, topology, program):
     if not importlib.util.find_spec("libtpu"):
         pytest.skip("libtpu is not installed")
-    result = run_command(["python", "-m", "moejax.bench", "tpu_compile", "--programs", "ragged", "--json", "-"], timeout=600)
+    command = ["python", "-m", "moejax.bench", "tpu_compile", "--topology", topology, "--programs", program, "--json", "-"]
+    result = run_command(command, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads(result.stdout.splitlines()[-1])["programs"]["ragged"]["failures"] == []
+    assert json.loads(result.stdout.splitlines()[-1])["programs"][program]["failures"] == []

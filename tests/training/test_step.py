@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import importlib.util
+import re
 
 import jax
 import numpy as np
 import pytest
+from jax import export
 from jax import numpy as jnp
 
 from moejax.checkpoint import store
@@ -189,3 +192,27 @@ def test_every_optimizer_learns_and_resumes(tmp_path, name, rate):
     assert_equal_trees(restored, state)
     assert int(restored.counters.skipped) == 1
     assert_equal_trees(step(restored), step(state))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is not installed (CONTRIBUTING.md)")
+@pytest.mark.filterwarnings("ignore:The out_shape and scratch_shapes:DeprecationWarning")  # tokamax 0.0.12 with jax 0.10
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
+def test_lowered_for_hopper_in_bfloat16_the_step_is_made_of_kernels(hopper, remat):
+    """Forward and backward: no grouped matmul is dense, no scores of a row by a row, no logits of all tokens. Lowered, not run."""
+    config = dataclasses.replace(
+        CONFIG, vocab_size=1920, hidden_size=256, intermediate_size=384, head_size=64, dispatch="sorted", dtype="bfloat16", remat=remat
+    )
+    model, optimizer = Transformer(config), create_optimizer(TrainConfig())
+    state, batch = abstract_state(model, optimizer), make_batch(0, rows=2, length=1024)
+    step = jax.jit(lambda state, batch: train_step(model, optimizer, state, batch))
+    with jax.numpy_rank_promotion("allow"):  # tokamax's own
+        exported = export.export(step, platforms=["cuda"], disabled_checks=[export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")])
+        text = exported(state, batch).mlir_module()
+    calls = re.findall(r"custom_call @([\w$]+)", text)
+    # Grouped matmuls: 3 forward (recomputed: 3 more), 6 backward; attention: 1 forward, 2 backward. XLA may compute some only once.
+    assert calls.count("mosaic_gpu_v2") >= 12
+    assert "chlo.ragged_dot" not in text
+    # Constants of the branch for other devices are still there, as shapes that nothing reads; no scores are computed.
+    assert not [line for line in text.splitlines() if "1024x1024x" in line and re.search(r"stablehlo\.(dot_general|exponential)", line)]
+    for rows in ("2x1024", "2048"):
+        assert f"tensor<{rows}x1920x" not in text
