@@ -7,7 +7,7 @@ from moejax.config import UserError
 from moejax.launch import prepare_process
 
 BENCHMARKS = (
-    "train", "moe", "decode", "prefill", "startup", "growth", "convert", "data", "save", "storage_order", "tpu_compile",
+    "train", "moe", "decode", "prefill", "startup", "growth", "convert", "data", "save", "storage_order", "tpu_compile", "gpu",
 )  # fmt: skip
 
 

@@ -1,0 +1,88 @@
+"""Checks and times everything that is written for NVIDIA GPUs, in one call of under ten minutes on one GPU.
+
+Kernels against their references, then grouped matmuls, an MoE layer, attention, decoding and whole training steps, each way of doing a
+thing beside the others. What fails is said in its row, and the rest goes on.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from moejax.bench.gpu_items import ITEMS, Sizes, attempt
+from moejax.bench.measure import describe_machine
+from moejax.config import UserError
+
+LARGEST_ERROR = 0.02  # of a kernel in bfloat16 against its reference in float32, relative to the largest entry
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Checks and times the kernels on one NVIDIA GPU."""
+
+    items: tuple[str, ...] = tuple(ITEMS)
+    seconds: int = 540  # nothing is begun after so long
+    json: str | None = None  # a file for the result; - prints only the JSON
+
+    def __post_init__(self) -> None:
+        for name in self.items:
+            if name not in ITEMS:
+                raise UserError(f"items has {name!r}; expected some of {', '.join(ITEMS)}")
+
+
+def run(arguments: Arguments) -> None:
+    """Measures and reports. Raises UserError without a GPU; ends with exit status 1 where a kernel differs from its reference."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        raise UserError(f"bench gpu needs an NVIDIA GPU, but jax has {device.device_kind}; run it where one is, with jax[cuda12]")
+    results = measure_items(arguments.items, Sizes(), arguments.seconds)
+    report(results, arguments.json)
+    if any(
+        row.get("relative_error", 0.0) > LARGEST_ERROR or row.get("relative_error", 0.0) != row.get("relative_error", 0.0)
+        for rows in results.values()
+        for row in rows
+    ):
+        raise SystemExit(1)
+
+
+def measure_items(items: tuple[str, ...], sizes: Sizes, seconds: float) -> dict[str, list[dict[str, Any]]]:
+    """Rows by item. An item that raises has a row of its own saying so; what there is no time for is left out, and said."""
+    started, results = time.monotonic(), {}
+    for name in items:
+        rows = results[name] = []
+        found = attempt({}, lambda name=name, rows=rows: _fill(rows, ITEMS[name](sizes), started + seconds))
+        rows += [found] if found else []
+        jax.clear_caches()
+    return results
+
+
+def _fill(rows: list[dict[str, Any]], found: Any, until: float) -> dict[str, Any]:
+    while time.monotonic() < until:
+        row = next(found, None)
+        if row is None:
+            return {}
+        rows.append(row)
+        print(_line(row), file=sys.stderr, flush=True)
+    return {"error": "no time was left for the rest"}
+
+
+def report(results: dict[str, list[dict[str, Any]]], json_path: str | None) -> None:
+    """The result as tables; with a path, as JSON there too; with `-`, as JSON on stdout and nothing else."""
+    result = {"benchmark": "gpu", "items": results, **describe_machine()}
+    if json_path == "-":
+        print(json.dumps(result))
+        return
+    print(", ".join(f"{key} {value}" for key, value in describe_machine().items()))
+    for name, rows in results.items():
+        print(f"\n{name}", *(f"  {_line(row)}" for row in rows), sep="\n")
+    if json_path is not None:
+        with open(json_path, "w") as file:
+            json.dump(result, file, indent=2)
+        print(f"written to {json_path}", file=sys.stderr)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return "  ".join(f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
