@@ -15,6 +15,7 @@ SIZES = {
     "all in the last": [0, 0, 0, 40],
     "all in the first": [40, 0, 0, 0],
     "whole blocks and tails": [300, 256, 512, 91],
+    "two rows": [1, 0, 1, 0],
     "no rows": [0, 0, 0, 0],
 }
 
@@ -43,7 +44,7 @@ def test_values_and_gradients_equal_the_reference(name, backend):
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * max(1.0, float(jnp.max(jnp.abs(theirs), initial=0.0))))
 
 
-@pytest.mark.parametrize("name", ["off every block", "empty ones", "whole blocks and tails"])
+@pytest.mark.parametrize("name", ["off every block", "empty ones", "two rows", "whole blocks and tails"])
 def test_spare_rows_change_nothing(name):
     """Rows behind the last group, whatever they hold, touch no group's result and no gradient of a weight."""
     x, weights, sizes, cotangent = make(SIZES[name])
