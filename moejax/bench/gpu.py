@@ -8,12 +8,14 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from moejax.bench.gpu_items import ITEMS, Sizes, attempt
 from moejax.bench.measure import describe_machine
+from moejax.bench.output import require_place, write_result
 from moejax.config import UserError
 
 LARGEST_ERROR = 0.02  # of a kernel in bfloat16 against its reference in float32, relative to the largest entry
@@ -38,6 +40,8 @@ def run(arguments: Arguments) -> None:
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise UserError(f"bench gpu needs an NVIDIA GPU, but jax has {device.device_kind}; run it where one is, with jax[cuda12]")
+    if arguments.json not in (None, "-"):
+        require_place(str(arguments.json), "--json")
     results = measure_items(arguments.items, Sizes(), arguments.seconds)
     report(results, arguments.json)
     if any(
@@ -79,8 +83,7 @@ def report(results: dict[str, list[dict[str, Any]]], json_path: str | None) -> N
     for name, rows in results.items():
         print(f"\n{name}", *(f"  {_line(row)}" for row in rows), sep="\n")
     if json_path is not None:
-        with open(json_path, "w") as file:
-            json.dump(result, file, indent=2)
+        write_result(Path(json_path), json.dumps(result, indent=2) + "\n")
         print(f"written to {json_path}", file=sys.stderr)
 
 
