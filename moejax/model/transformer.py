@@ -19,6 +19,7 @@ from moejax.model.cache import KVCache, place_cache
 from moejax.model.expert_dispatch import TokenInputs
 from moejax.model.layers import MLP, Embed, Head, RMSNorm
 from moejax.model.moe import MoE, RouterOutputs
+from moejax.model.positions import model_frequencies
 from moejax.ops.attention import Rotation, rotary_angles
 from moejax.ops.matmul import project
 from moejax.ops.routing import RouterStatistics, load_balance_loss
@@ -151,7 +152,7 @@ class Transformer(nn.Module):
         tokens = jnp.asarray(tokens)
         real = _real_tokens(mask, segments)
         tokens, real, positions, segments, router_noise, fill = self._fill_up(tokens, real, positions, segments, router_noise, cache)
-        inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill)
+        inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill, shape[1])
         if fill is not None:
             inputs = dataclasses.replace(inputs, visibility=dataclasses.replace(inputs.visibility, num_keys=shape[1]))
         x, embedding = Embed(config, self.mesh, name="embed")(tokens)
@@ -213,7 +214,7 @@ class Transformer(nn.Module):
         return load_balance_loss(router.statistics, self.config.router_aux_loss_kind)
 
     def _layer_inputs(
-        self, tokens: Array, real: Array | None, positions: Any, segments: Any, cache: KVCache | None, fill: Array | None
+        self, tokens: Array, real: Array | None, positions: Any, segments: Any, cache: KVCache | None, fill: Array | None, length: int
     ) -> LayerInputs:
         config, (batch, time) = self.config, tokens.shape
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
@@ -232,7 +233,8 @@ class Transformer(nn.Module):
         counts = real if config.router_aux_loss_kind == "pooled" or segments is not None else None
         if fill is not None:
             counts = ~fill if counts is None else counts & ~fill
-        return LayerInputs(rotary_angles(positions, config.head_width, config.rope_theta), visibility, TokenInputs(counts, fill))
+        frequencies = model_frequencies(config, length if cache is None else cache.capacity)
+        return LayerInputs(rotary_angles(positions, frequencies), visibility, TokenInputs(counts, fill))
 
     def _run_layers(self, x: Array, cache: KVCache | None, inputs: LayerInputs, noise: Array | None, keep_hidden: bool):
         """All layers; returns (x, cache, each layer's output if asked for, router outputs stacked over MoE layers)."""
