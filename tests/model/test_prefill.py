@@ -44,7 +44,7 @@ def read(model, variables, kind, chunk, mesh=None):
     return np.concatenate([logits, decode(model, variables, TOKENS[:, 0], cache)[:, 0]])
 
 
-@pytest.mark.parametrize("kind", ["full", "sinks", pytest.param("window", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("window", "sinks"))])
 def test_chunks_are_one_pass(variables, kind):
     model = Transformer(CONFIG)
     expected, before = read(model, variables, kind, 14), _read_chunk._cache_size()
