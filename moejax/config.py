@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from moejax.checks import UserError, divisors, nearest, require_choice, require_positive, require_types
 from moejax.data_config import DataConfig, Domain, Stage
+from moejax.rope_config import RopeScaling
 
 DispatchName = Literal["auto", "sorted", "dense", "ragged", "gather", "capacity"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -44,6 +45,7 @@ class ModelConfig:
     experts_per_token: int = 2
     max_length: int = 4096  # positions the model is meant for, in tokens
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)  # longer texts than those trained on: docs/inference.md
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = False
     initializer_range: float = 0.02
@@ -101,6 +103,8 @@ class ModelConfig:
             )
         if self.head_width % 2:
             raise UserError(f"model.head_size={self.head_width} is odd; rotary position embeddings pair its halves, use an even number")
+        if self.rope_scaling.kind == "dynamic" and self.head_width < 4:
+            raise UserError(f"model.rope_scaling.kind='dynamic' needs heads at least 4 wide, got model.head_size={self.head_width}")
         if self.experts_per_token > self.num_experts:
             raise UserError(
                 f"model.experts_per_token={self.experts_per_token} is more than model.num_experts={self.num_experts}; "
@@ -317,7 +321,8 @@ def _from_json(kind: type, values: dict[str, Any], where: str) -> Any:
 
 def model_from_json(values: dict[str, Any], where: str = "model config") -> ModelConfig:
     """The ModelConfig written by `to_json`. Raises UserError, naming `where`, for fields it does not know."""
-    return _from_json(ModelConfig, values, where)
+    scaling = _from_json(RopeScaling, values.get("rope_scaling", {}), where)  # younger than some checkpoints
+    return _from_json(ModelConfig, {**values, "rope_scaling": scaling}, where)
 
 
 def run_from_json(values: dict[str, Any], where: str = "run config") -> RunConfig:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.config import ModelConfig
+from moejax.families.config_reader import ConfigReader
 from moejax.families.family import Family, NameTable, Source
-from moejax.families.hf_config import ConfigReader, check_expressible, read_common, write_common
+from moejax.families.hf_config import check_expressible, read_common, write_common
 
 _WIRING: dict[str, Any] = {"family": "arctic", "top_1_weight": "probability", "router_aux_loss_kind": "per_layer"}
 

@@ -2,66 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from moejax.config import ModelConfig, UserError
+from moejax.families.config_reader import ConfigReader
+from moejax.families.hf_rope import read_rope, write_rope
 
 WIRING_FIELDS = (
     "family", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_width", "num_experts",
-    "experts_per_token", "max_length", "rope_theta", "norm_epsilon", "tie_embeddings", "initializer_range", "moe_every", "residual_mlp",
-    "top_1_weight", "attention_window", "router_aux_loss_kind", "router_aux_loss_coefficient", "bos_token_id", "eos_token_ids",
+    "experts_per_token", "max_length", "rope_theta", "rope_scaling", "norm_epsilon", "tie_embeddings", "initializer_range", "moe_every",
+    "residual_mlp", "top_1_weight", "attention_window", "router_aux_loss_kind", "router_aux_loss_coefficient", "bos_token_id",
+    "eos_token_ids",
 )  # fmt: skip
-
-
-class ConfigReader:
-    """Typed access to the values of a config.json; an absent key takes the default of the reference's configuration class.
-
-    Every getter raises UserError, naming file and field, for a value of the wrong type.
-    """
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
-
-    def integer(self, name: str, default: int | None) -> int:
-        """A whole number; null and absent take `default`."""
-        value = self.values.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(name, value, "a whole number")
-        return value
-
-    def optional_integer(self, name: str) -> int | None:
-        """A whole number, or None where it is null or absent."""
-        return None if self.values.get(name) is None else self.integer(name, None)
-
-    def number(self, name: str, default: float) -> float:
-        """A number, as a float; null and absent take `default`."""
-        value = self.values.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(name, value, "a number")
-        return float(value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        """true or false; null and absent take `default`."""
-        value = self.values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise self.error(name, value, "true or false")
-        return value
-
-    def require(self, name: str, accepted: tuple[Any, ...], reason: str) -> None:
-        """Refuses any value of `name` but the accepted ones; null and absent are accepted."""
-        value = self.values.get(name)
-        if value is not None and value not in accepted:
-            shown = " or ".join(repr(choice) for choice in accepted) or "null"
-            raise self.error(name, value, f"{shown}: {reason}")
-
-    def error(self, name: str, value: Any, expected: str) -> UserError:
-        """The error for one field."""
-        return UserError(f"{self.where}: {name} is {value!r}; expected {expected}")
 
 
 def read_common(reader: ConfigReader) -> dict[str, Any]:
@@ -76,7 +28,7 @@ def read_common(reader: ConfigReader) -> dict[str, Any]:
         reader.require(name, accepted, reason)
     dtype = _read_dtype(reader)
     return {
-        "rope_theta": _read_rope_theta(reader),
+        **read_rope(reader),
         "tie_embeddings": reader.boolean("tie_word_embeddings", False),
         "initializer_range": reader.number("initializer_range", 0.02),
         "norm_epsilon": reader.number("rms_norm_eps", 1e-5),
@@ -85,25 +37,6 @@ def read_common(reader: ConfigReader) -> dict[str, Any]:
         "bos_token_id": reader.integer("bos_token_id", 1) if reader.values.get("bos_token_id", 1) is not None else None,
         "eos_token_ids": _read_eos(reader),
     }
-
-
-def _read_rope_theta(reader: ConfigReader) -> float:
-    """rope_theta of either spelling (default 1e6, that of both families' classes); any scaled rope is refused by name."""
-    rope = reader.values.get("rope_parameters")
-    scaling = reader.values.get("rope_scaling")
-    for field, values in (("rope_parameters", rope), ("rope_scaling", scaling)):
-        if values is None:
-            continue
-        if not isinstance(values, dict):
-            raise reader.error(field, values, "an object with rope_type and rope_theta")
-        kind = values.get("rope_type", values.get("type", "default"))
-        if kind != "default":
-            raise reader.error(f"{field}.rope_type", kind, "'default': scaled rotary embeddings are not implemented")
-        ConfigReader(values, f"{reader.where}: {field}").require("partial_rotary_factor", (1, 1.0), "partial rotation is not implemented")
-    reader.require("partial_rotary_factor", (1, 1.0), "partial rotation is not implemented")
-    if rope is not None and rope.get("rope_theta") is not None:
-        return ConfigReader(rope, f"{reader.where}: rope_parameters").number("rope_theta", 1e6)
-    return reader.number("rope_theta", 1e6)
 
 
 def _read_dtype(reader: ConfigReader) -> str:
@@ -143,7 +76,7 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "num_local_experts": config.num_experts,
         "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": config.rope_theta,
+        **write_rope(config),
         "router_aux_loss_coef": config.router_aux_loss_coefficient,
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": config.param_dtype,

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.config import ModelConfig, UserError
+from moejax.families.config_reader import ConfigReader
 from moejax.families.family import Family, NameTable, Source
-from moejax.families.hf_config import ConfigReader, check_expressible, read_common, write_common
+from moejax.families.hf_config import check_expressible, read_common, write_common
 
 _WIRING: dict[str, Any] = {
     "family": "mixtral",

@@ -1,6 +1,10 @@
-"""The key/value cache of decoding: an explicit argument and an explicit result, never hidden state."""
+"""The key/value cache of decoding: an explicit argument and an explicit result, never hidden state.
+
+Here is the full one, and `create_cache` for all kinds; `model.rolling_cache` has the kinds that forget.
+"""
 
 import dataclasses
+from typing import Literal, get_args
 
 import flax.struct
 from jax import Array
@@ -8,7 +12,8 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from moejax.config import ModelConfig
+from moejax.config import ModelConfig, UserError
+from moejax.model.rolling_cache import RollingCache
 from moejax.sharding import constrain, partition_spec
 
 
@@ -29,22 +34,56 @@ class KVCache:
         return self.keys.shape[2]
 
 
+Cache = KVCache | RollingCache
+CacheName = Literal["full", "window", "sinks"]
 AXES = (None, "batch", None, "kv_heads", None)
 
 
-def create_cache(config: ModelConfig, batch_size: int, capacity: int, mesh: Mesh | None = None) -> KVCache:
-    """An empty cache for `batch_size` rows of at most `capacity` tokens, in the model's compute type; on a mesh, rows and heads divided."""
-    shape = (config.num_layers, batch_size, capacity, config.num_kv_heads, config.head_width)
+def create_cache(
+    config: ModelConfig,
+    batch_size: int,
+    capacity: int,
+    mesh: Mesh | None = None,
+    kind: str = "full",
+    sinks: int = 4,
+    window: int | None = None,
+) -> Cache:
+    """An empty cache for `batch_size` rows, in the model's compute type; on a mesh, rows and heads divided.
+
+    full: at most `capacity` tokens a row. The others hold a row of any length, whatever `capacity`: window its last `window` tokens (None:
+    what the model's attention sees, or max_length), sinks its first `sinks` tokens and then the last `window` (None: max_length in all).
+    Raises UserError for sizes that make no cache.
+    """
+    sinks, slots = _choose_sizes(config, capacity, kind, sinks, window)
+    shape = (config.num_layers, batch_size, slots, config.num_kv_heads, config.head_width)
     place = None if mesh is None else NamedSharding(mesh, partition_spec(AXES, shape, mesh))
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     # Two arrays, not one twice: the cache is donated to every step.
     keys, values = (jnp.zeros(shape, config.dtype, device=place) for _ in range(2))
-    return KVCache(keys, values, jnp.zeros(batch_size, jnp.int32, device=whole))
+    lengths = jnp.zeros(batch_size, jnp.int32, device=whole)
+    return KVCache(keys, values, lengths) if kind == "full" else RollingCache(keys, values, lengths, sinks)
 
 
-def place_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
+def _choose_sizes(config: ModelConfig, capacity: int, kind: str, sinks: int, window: int | None) -> tuple[int, int]:
+    """Sinks, and slots in all."""
+    if kind not in get_args(CacheName):
+        raise UserError(f"cache.kind={kind!r} is unknown; expected one of {', '.join(get_args(CacheName))}")
+    if kind == "full":
+        if window is not None:
+            raise UserError(f"cache.window={window} says nothing to cache.kind='full'; leave it out, or set --cache.kind window or sinks")
+        return 0, capacity
+    sinks = sinks if kind == "sinks" else 0
+    if window is None:
+        window = (config.attention_window or config.max_length) if kind == "window" else config.max_length - sinks
+    if sinks < 0 or window < 1:
+        raise UserError(f"cache.sinks={sinks} and cache.window={window} make no cache; sinks must be 0 or more, the window 1 or more")
+    return sinks, sinks + window
+
+
+def place_cache(cache: Cache, mesh: Mesh | None) -> Cache:
     """The cache as `create_cache` laid it out, inside a compiled function: the next step gets it so, and can have its memory."""
-    return KVCache(constrain(cache.keys, mesh, *AXES), constrain(cache.values, mesh, *AXES), constrain(cache.lengths, mesh, None))
+    keys, values = (constrain(part, mesh, *AXES) for part in (cache.keys, cache.values))
+    return dataclasses.replace(cache, keys=keys, values=values, lengths=constrain(cache.lengths, mesh, None))
 
 
 def write_cache(

@@ -14,15 +14,17 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from moejax.config import ModelConfig
-from moejax.model.attention import Attention
-from moejax.model.cache import KVCache, place_cache
+from moejax.model.attention import Attention, Reads, RowView
+from moejax.model.cache import Cache, place_cache
 from moejax.model.expert_dispatch import TokenInputs
 from moejax.model.layers import MLP, Embed, Head, RMSNorm
 from moejax.model.moe import MoE, RouterOutputs
-from moejax.ops.attention import Rotation, rotary_angles
+from moejax.model.positions import model_frequencies
+from moejax.model.rolling_cache import RollingCache, view_rolling
+from moejax.ops.attention import rotary_angles
 from moejax.ops.matmul import project
 from moejax.ops.routing import RouterStatistics, load_balance_loss
-from moejax.ops.visibility import Indices, Visibility, describe_visibility
+from moejax.ops.visibility import Indices, describe_visibility
 from moejax.sharding import axis_size, constrain
 
 
@@ -30,8 +32,7 @@ from moejax.sharding import axis_size, constrain
 class LayerInputs:
     """What every layer reads beside its input; the same for all."""
 
-    rotation: Rotation
-    visibility: Visibility
+    reads: Reads
     tokens: TokenInputs
 
 
@@ -47,7 +48,7 @@ class Outputs:
     aux_loss: Float[Array, ""]  # the family's load-balance loss, unscaled
     z_loss: Float[Array, ""]  # mean over MoE layers, unscaled
     dropped: Int[Array, ""]  # tokens dropped by the dispatch
-    cache: KVCache | None
+    cache: Cache | None
 
 
 class Block(nn.Module):
@@ -61,7 +62,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: Int[Array, ""] | int,
         inputs: LayerInputs,
         noise: Float[Array, "B T E"] | None = None,
@@ -69,7 +70,7 @@ class Block(nn.Module):
         config = self.config
         x = constrain(x, self.mesh, "batch", "time", None)
         attended, cache = Attention(config, self.mesh, name="attention")(
-            RMSNorm(config, name="attention_norm")(x), inputs.rotation, inputs.visibility, cache, layer
+            RMSNorm(config, name="attention_norm")(x), inputs.reads, cache, layer
         )
         after = x + attended
         if not self.is_moe:
@@ -93,7 +94,7 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, KVCache | None], first_layer: Int[Array, ""], noise: Float[Array, "B T E"] | None, inputs: LayerInputs
+        self, carry: tuple[Array, Cache | None], first_layer: Int[Array, ""], noise: Float[Array, "B T E"] | None, inputs: LayerInputs
     ):
         x, cache = carry
         hidden, router = [], None
@@ -120,7 +121,7 @@ class Transformer(nn.Module):
 
     mask: [B, T], 1 where a token is real (padding on the right). positions: rotary positions, default 0..T-1 (continuing
     from the cache). segments: [B, T] ids of packed documents, 0 is padding; tokens see only their own segment.
-    cache: a KVCache, whose continuation comes back as `.cache`. return_hidden, return_routing: fill those fields.
+    cache: one that `create_cache` made, whose continuation comes back as `.cache`. return_hidden, return_routing: fill those fields.
     return_logits: False leaves logits out, for losses that apply the head in chunks. router_noise: [MoE layers, B, T, E], for dispatch
     capacity: Gumbel noise for all choices but the first, or, with one expert a token, which tokens come first where slots are short.
 
@@ -141,7 +142,7 @@ class Transformer(nn.Module):
         mask: Any = None,
         positions: Any = None,
         segments: Any = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         return_hidden: bool = False,
         return_routing: bool = False,
         return_logits: bool = True,
@@ -151,9 +152,10 @@ class Transformer(nn.Module):
         tokens = jnp.asarray(tokens)
         real = _real_tokens(mask, segments)
         tokens, real, positions, segments, router_noise, fill = self._fill_up(tokens, real, positions, segments, router_noise, cache)
-        inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill)
+        inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill, shape[1])
         if fill is not None:
-            inputs = dataclasses.replace(inputs, visibility=dataclasses.replace(inputs.visibility, num_keys=shape[1]))
+            visibility = dataclasses.replace(inputs.reads.visibility, num_keys=shape[1])
+            inputs = dataclasses.replace(inputs, reads=dataclasses.replace(inputs.reads, visibility=visibility))
         x, embedding = Embed(config, self.mesh, name="embed")(tokens)
         embedded = x
         x, cache, hidden, router = self._run_layers(x, cache, inputs, router_noise, return_hidden)
@@ -178,7 +180,7 @@ class Transformer(nn.Module):
         )
         return outputs if fill is None else self._cut(outputs, shape)
 
-    def _fill_up(self, tokens: Array, real: Any, positions: Any, segments: Any, noise: Any, cache: KVCache | None):
+    def _fill_up(self, tokens: Array, real: Any, positions: Any, segments: Any, noise: Any, cache: Cache | None):
         """The inputs with rows and positions added until the mesh divides them, and a mask of those. A cache keeps its rows as they are."""
         rows = -tokens.shape[0] % axis_size(self.mesh, "data", "fsdp", "expert")
         times = -tokens.shape[1] % axis_size(self.mesh, "context")
@@ -213,15 +215,24 @@ class Transformer(nn.Module):
         return load_balance_loss(router.statistics, self.config.router_aux_loss_kind)
 
     def _layer_inputs(
-        self, tokens: Array, real: Array | None, positions: Any, segments: Any, cache: KVCache | None, fill: Array | None
+        self, tokens: Array, real: Array | None, positions: Any, segments: Any, cache: Cache | None, fill: Array | None, length: int
     ) -> LayerInputs:
         config, (batch, time) = self.config, tokens.shape
+        if cache is not None and segments is not None:
+            raise ValueError("segments and cache were both given; packed rows are for training, a cache holds one document a row")
+        # Arctic's load-balance loss counts padding too; Mixtral's goes by the mask.
+        counts = real if config.router_aux_loss_kind == "pooled" or segments is not None else None
+        if fill is not None:
+            counts = ~fill if counts is None else counts & ~fill
+        token_inputs = TokenInputs(counts, fill)
+        if isinstance(cache, RollingCache):
+            if positions is not None:
+                raise ValueError("positions were given with a cache that forgets; positions are those in the cache there, leave them out")
+            return LayerInputs(view_rolling(cache, config, time, real), token_inputs)
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
         query_index = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None, :]
         num_keys = time if cache is None else cache.capacity
         key_index = jnp.broadcast_to(jnp.arange(num_keys, dtype=jnp.int32)[None, :], (batch, num_keys))
-        if cache is not None and segments is not None:
-            raise ValueError("segments and cache were both given; packed rows are for training, a cache holds one document a row")
         segments = None if segments is None else jnp.asarray(segments)
         real_keys = real if cache is None else None  # in a cache, padding lies past the row's length and is never seen
         visibility = describe_visibility(
@@ -231,13 +242,10 @@ class Transformer(nn.Module):
             whole_rows=cache is None,
         )
         positions = query_index if positions is None else jnp.asarray(positions)
-        # Arctic's load-balance loss counts padding too; Mixtral's goes by the mask.
-        counts = real if config.router_aux_loss_kind == "pooled" or segments is not None else None
-        if fill is not None:
-            counts = ~fill if counts is None else counts & ~fill
-        return LayerInputs(rotary_angles(positions, config.head_width, config.rope_theta), visibility, TokenInputs(counts, fill))
+        frequencies = model_frequencies(config, length if cache is None else cache.capacity)
+        return LayerInputs(RowView(rotary_angles(positions, frequencies), visibility), token_inputs)
 
-    def _run_layers(self, x: Array, cache: KVCache | None, inputs: LayerInputs, noise: Array | None, keep_hidden: bool):
+    def _run_layers(self, x: Array, cache: Cache | None, inputs: LayerInputs, noise: Array | None, keep_hidden: bool):
         """All layers; returns (x, cache, each layer's output if asked for, router outputs stacked over MoE layers)."""
         config = self.config
         hidden: list[Array] = []

@@ -15,6 +15,7 @@ from moejax.ops import attention_cuda, attention_tpu
 from moejax.ops.attention_blocked import attend_blocked
 from moejax.ops.matmul import precision_of
 from moejax.ops.platforms import say_once
+from moejax.ops.rope import RotaryFrequencies
 from moejax.ops.visibility import Visibility, visible_keys
 
 # Fewer queries than this (decoding) go through the reference: there is nothing to divide into blocks.
@@ -28,12 +29,10 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B T half"]
 
 
-def rotary_angles(positions: Int[Array, "B T"], head_width: int, theta: float) -> Rotation:
-    """The rotation of each position: angle_i = position * theta^(-2i/H) for i in 0..H/2-1 (RoFormer, Su et al. 2021)."""
-    exponents = jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
-    frequencies = 1.0 / jnp.power(jnp.float32(theta), exponents)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+def rotary_angles(positions: Int[Array, "B T"], frequencies: RotaryFrequencies) -> Rotation:
+    """The rotation of each position: angle_i = position * radians_i, cosine and sine times the attention factor."""
+    angles = positions.astype(jnp.float32)[..., None] * frequencies.radians[None, None, :]
+    return Rotation(jnp.cos(angles) * frequencies.attention_factor, jnp.sin(angles) * frequencies.attention_factor)
 
 
 def rotate(x: Float[Array, "B T heads H"], rotation: Rotation) -> Float[Array, "B T heads H"]:

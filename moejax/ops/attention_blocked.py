@@ -13,11 +13,10 @@ from jax import numpy as jnp
 from jaxtyping import Float
 
 from moejax.ops.matmul import precision_of
-from moejax.ops.visibility import Indices, Visibility, visible_pairs
+from moejax.ops.visibility import FAR, Indices, Visibility, visible_pairs
 
 BLOCKS = (128, 256)  # queries, and keys, of a block: the larger for rows of LONG tokens and more, where less of it is beyond the diagonal
 LONG = 1024
-FAR = jnp.iinfo(jnp.int32).max // 2
 
 
 class Blocks(NamedTuple):

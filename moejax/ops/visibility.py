@@ -12,6 +12,8 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Bool, Int
 
+FAR = jnp.iinfo(jnp.int32).max // 2  # the place of a key that nobody sees
+
 
 class Indices(NamedTuple):
     """Places of queries or keys in the row (or the cache): not rotary positions, which restart in every packed document."""

@@ -123,8 +123,6 @@ def test_residual_prefers_the_field_of_the_reference():
     ("values", "message"),
     [
         ({"hidden_act": "gelu"}, "x.json: hidden_act is 'gelu'; expected 'silu': no other activation"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling.rope_type is 'yarn'; expected 'default'"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type is 'llama3'"),
         ({"rope_parameters": {"rope_theta": "many"}}, "rope_theta is 'many'; expected a number"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial rotation is not implemented"),
         ({"attention_bias": True}, "attention_bias is True; expected False"),

@@ -6,6 +6,7 @@ import pytest
 from jax import numpy as jnp
 
 from moejax.ops.attention import FEW_QUERIES, attend, attend_reference, rotary_angles, rotate
+from moejax.ops.rope import rotary_frequencies
 from moejax.ops.visibility import Indices, describe_visibility, visible_keys
 
 
@@ -56,7 +57,7 @@ def test_rotation_depends_on_distance_alone():
 
     def score(query_position, key_position):
         def at(x, position):
-            return rotate(x, rotary_angles(jnp.array([[position]]), 16, 10_000.0))
+            return rotate(x, rotary_angles(jnp.array([[position]]), rotary_frequencies(16, 10_000.0)))
 
         return float(jnp.sum(at(query, query_position) * at(key, key_position)))
 
@@ -64,8 +65,15 @@ def test_rotation_depends_on_distance_alone():
     assert abs(score(5, 2) - score(5, 3)) > 1e-3
 
 
+def test_the_attention_factor_stretches_queries_and_keys():
+    x = jax.random.normal(jax.random.key(0), (1, 1, 1, 8))
+    frequencies = rotary_frequencies(8, 100.0, kind="yarn", factor=4.0, original_length=64, attention_factor=1.5)
+    out = rotate(x, rotary_angles(jnp.array([[3]]), frequencies))
+    assert float(jnp.linalg.norm(out)) == pytest.approx(1.5 * float(jnp.linalg.norm(x)), rel=1e-6)
+
+
 def test_rotation_pairs_the_halves():
     """Position 1, first pair (0, H/2), angle exactly 1: (1, 0) becomes (cos 1, sin 1)."""
     x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
-    out = rotate(x, rotary_angles(jnp.array([[1]]), 4, 10_000.0))[0, 0, 0]
+    out = rotate(x, rotary_angles(jnp.array([[1]]), rotary_frequencies(4, 10_000.0)))[0, 0, 0]
     np.testing.assert_allclose(out, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
