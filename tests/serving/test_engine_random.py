@@ -105,6 +105,7 @@ def run_requests(seed, count):
     assert compiled <= len(programs) * len(kinds), f"{compiled} programs for {len(kinds)} kinds of batches"
 
 
+@pytest.mark.slow
 def test_sixty_random_requests():
     run_requests(0, 60)
 
