@@ -3,19 +3,23 @@
     python sample.py --prompt "def read_"                      the newest run in runs/
     python sample.py --checkpoint DIR --prompt "..." ...       a run, a checkpoint, a published model's directory, or its id on the Hub
     python sample.py --checkpoint DIR --chat                   a conversation, in the model's own chat format; /help shows its commands
+    python sample.py --prompts IN.jsonl --out OUT.jsonl        a file of prompts, a line for a line; goes on where it was stopped
 
 The text, prompt first (in a conversation the replies), goes to stdout as it is made, and nothing else does; what is loaded and how fast
-it ran goes to stderr.
+it ran goes to stderr. Lines of IN.jsonl hold "prompt", "messages" or "tokens", and any of the fields below from max_new_tokens to
+prompt_logprobs, which then count for that line.
 """
 
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from moejax.cli import parse, run_command
 from moejax.config import MeshConfig, UserError
+from moejax.generation_config import GenerationSettings
 from moejax.launch import prepare_process
 
 ONE_DEVICE = MeshConfig(fsdp=1)
@@ -31,8 +35,20 @@ class Arguments:
     temperature: float = 0.8  # 0 is greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # tokens less likely than this times the most likely one are left out; 0: off
+    repetition_penalty: float = 1.0  # logits of tokens that were there are divided by it where positive, else multiplied; 1: off
+    frequency_penalty: float = 0.0  # taken off a token's logit for each time it was generated
+    presence_penalty: float = 0.0  # taken off once
+    logit_bias: tuple[str, ...] = ()  # ID:VALUE, as 17:-2.5; added to that token's logit
+    stop: tuple[str, ...] = ()  # texts before the first of which the text ends
+    stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
     ignore_eos: bool = False  # go on past the end of text
+    logprobs: int | None = None  # with --prompts: log-probabilities of the tokens made and of this many most likely ones
+    prompt_logprobs: int | None = None  # with --prompts: the same of the prompt's tokens
+    prompts: str | None = None  # a JSONL file of prompts
+    out: str | None = None  # the JSONL file that answers it
+    batch_size: int = 8  # with --prompts: how many are continued side by side
     dtype: str | None = None  # float32 or bfloat16; None: the checkpoint's
     chat: bool = False  # hold a conversation: a line of stdin is a message
     mesh: MeshConfig = field(default_factory=lambda: ONE_DEVICE)  # devices that share the model, as in training: --mesh.tensor 8
@@ -42,16 +58,11 @@ class Arguments:
 def main(argv: list[str]) -> None:
     """Reads the flags, finds the checkpoint, samples."""
     arguments = parse(argv, Arguments(), description=__doc__)
-    if arguments.chat and arguments.ignore_eos:
-        raise UserError("--chat and --ignore-eos exclude each other: a reply ends at the end of text; leave one out")
-    if arguments.chat_format is not None and not arguments.chat:
-        raise UserError(f"--chat-format {arguments.chat_format} is for conversations; add --chat")
-    from moejax.serving.engine import GenerationSettings
-
-    settings = GenerationSettings(
-        arguments.max_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed, arguments.ignore_eos
-    )
+    check_combination(arguments)
+    settings = make_settings(arguments)
     path = Path(arguments.checkpoint) if arguments.checkpoint is not None else newest_run(Path("runs"))
+    if arguments.prompts is not None and arguments.out is not None:
+        return complete_prompts(path, Path(arguments.prompts), Path(arguments.out), arguments, settings)
     model, variables, tokenizer = load(path, arguments)
     if arguments.chat:
         from moejax.serving.chat import Conversation, converse
@@ -59,6 +70,53 @@ def main(argv: list[str]) -> None:
         converse(Conversation(model, variables, tokenizer, settings), arguments.prompt)
     else:
         sample(model, variables, tokenizer, "def read_" if arguments.prompt is None else arguments.prompt, settings)
+
+
+def check_combination(arguments: Arguments) -> None:
+    """Raises UserError for flags that have nothing to say to each other."""
+    if arguments.chat and arguments.ignore_eos:
+        raise UserError("--chat and --ignore-eos exclude each other: a reply ends at the end of text; leave one out")
+    if arguments.chat_format is not None and not arguments.chat and arguments.prompts is None:
+        raise UserError(f"--chat-format {arguments.chat_format} is for conversations; add --chat, or --prompts with messages")
+    if (arguments.prompts is None) != (arguments.out is None):
+        raise UserError("--prompts and --out belong together: the file of prompts, and the file that answers it; add the other one")
+    if arguments.prompts is not None and (arguments.chat or arguments.prompt is not None):
+        raise UserError("--prompts excludes --prompt and --chat: the prompts are the file's; leave one out")
+    if arguments.prompts is None and (arguments.logprobs, arguments.prompt_logprobs) != (None, None):
+        raise UserError("--logprobs and --prompt-logprobs are written to --out; add --prompts and --out")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size {arguments.batch_size} must be at least 1")
+
+
+def make_settings(arguments: Arguments) -> GenerationSettings:
+    """The flags as GenerationSettings. Raises UserError for values that make no sense."""
+    bias = {}
+    for text in arguments.logit_bias:
+        id, _, value = text.partition(":")
+        try:
+            bias[int(id)] = float(value)
+        except ValueError:
+            raise UserError(f"--logit-bias {text}: expected ID:VALUE, as 17:-2.5") from None
+    values = {item.name: getattr(arguments, item.name) for item in fields(GenerationSettings)}
+    return GenerationSettings(**{**values, "logit_bias": bias})
+
+
+def complete_prompts(path: Path, prompts: Path, out: Path, arguments: Arguments, settings: GenerationSettings) -> None:
+    """Continues a file of prompts. Raises UserError for a bad line before anything is loaded."""
+    from moejax.serving.prompt_file import complete_file, count_answered, read_requests
+
+    requests = read_requests(prompts, settings, str(path))
+    if count_answered(out, requests) == len(requests):
+        return note(f"{out}: all {len(requests)} are answered already")
+
+    def check(tokenizer: Any, vocab_size: int) -> None:
+        for request in requests:
+            request.encode(tokenizer, vocab_size)
+
+    model, variables, tokenizer = load(path, arguments, check)
+    from moejax.serving.engine import Engine
+
+    complete_file(Engine(model, variables, tokenizer=tokenizer), tokenizer, requests, out, arguments.batch_size, note)
 
 
 def newest_run(runs: Path) -> Path:
@@ -71,20 +129,26 @@ def newest_run(runs: Path) -> Path:
     return max(candidates)[1]
 
 
-def load(path: Path, arguments: Arguments) -> tuple[Any, Any, Any]:
-    """(model, variables, tokenizer). Raises UserError, where possible before weights are read, without a tokenizer or a way to chat."""
+def load(path: Path, arguments: Arguments, check: Callable[[Any, int], None] = lambda tokenizer, vocab_size: None) -> tuple[Any, Any, Any]:
+    """(model, variables, tokenizer). Raises UserError, where possible before weights are read, without a tokenizer or a way to chat.
+
+    `check(tokenizer, vocab_size)` may refuse, too.
+    """
     import moejax
     from moejax.checkpoint.detect import find_checkpoint
     from moejax.checkpoint.source import open_source
+    from moejax.checkpoint.store import read_metadata
     from moejax.data.text import find_tokenizer
     from moejax.sharding import mesh_of
 
     if path.is_dir():
         kind, directory = find_checkpoint(path)
         if kind != "moejax":
-            with open_source(directory):
-                pass  # a format that is not read is refused by its name, before anything is missed beside it
-        choose_tokenizer(path, find_tokenizer(directory) or find_tokenizer(path), arguments)
+            with open_source(directory) as source:  # a format that is not read is refused by its name, before anything is missed beside it
+                config = source.config
+        else:
+            config = read_metadata(directory).config
+        check(choose_tokenizer(path, find_tokenizer(directory) or find_tokenizer(path), arguments), config.vocab_size)
     started = time.perf_counter()
     mesh = None if arguments.mesh == ONE_DEVICE else mesh_of(arguments.mesh)
     model, variables, tokenizer = moejax.load(path, mesh, dtype=arguments.dtype)
@@ -109,21 +173,20 @@ def choose_tokenizer(path: Path, tokenizer: Any, arguments: Arguments) -> Any:
     return tokenizer
 
 
-def sample(model: Any, variables: Any, tokenizer: Any, prompt: str, settings: Any) -> None:
+def sample(model: Any, variables: Any, tokenizer: Any, prompt: str, settings: GenerationSettings) -> None:
     """Streams the prompt and its continuation to stdout."""
-    from moejax.data.text import StreamDecoder
     from moejax.serving.engine import Engine
 
     sys.stdout.write(prompt)
     sys.stdout.flush()
-    decoder = StreamDecoder(tokenizer, is_start=False)
-    started, first, count = time.perf_counter(), 0.0, 0
-    for (token,) in Engine(model, variables).stream([tokenizer.encode(prompt)], settings):
+    started, first, count, shown = time.perf_counter(), 0.0, 0, 0
+    for (made,) in Engine(model, variables, tokenizer=tokenizer).follow([tokenizer.encode(prompt)], settings):
         first = first or time.perf_counter()
-        count += 1
-        sys.stdout.write(decoder.push(token) if token is not None else "")
+        count = len(made.tokens)
+        sys.stdout.write(made.text[shown:])
         sys.stdout.flush()
-    sys.stdout.write(decoder.finish() + "\n")
+        shown = len(made.text)
+    sys.stdout.write("\n")
     if count > 1:
         rate = (count - 1) / (time.perf_counter() - first)
         note(f"{count} tokens; first after {first - started:.1f} s (compiling included), then {rate:.0f} tokens/s")

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,10 +201,7 @@ def print_sample(config: RunConfig, model, params, tokenizer) -> None:
     from moejax import generate
 
     sample = config.sample
-    text = generate(
-        model, {"params": params}, tokenizer, sample.prompt, sample.max_new_tokens, sample.temperature, sample.ignore_eos,
-        top_k=sample.top_k, top_p=sample.top_p, seed=sample.seed,
-    )  # fmt: skip
+    text = generate(model, {"params": params}, tokenizer, sample.prompt, **asdict(sample.settings))
     log(f"\na sample, temperature {sample.temperature}:\n{sample.prompt}{text}\n")
     log(f'more of it:\n  python sample.py --checkpoint {config.directory} --prompt "{sample.prompt}"')
 

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from moejax.config import ModelConfig, UserError
 from moejax.families.layout import flatten_leaves
+from moejax.generation_config import settings_per_row
 from moejax.model.partition import parameter_shardings
 from moejax.model.transformer import Transformer, stack_layers, unstack_layers
-from moejax.serving.engine import Engine, GenerationSettings
+from moejax.serving.engine import Engine
 from moejax.sharding import check_mesh
 
 
@@ -124,27 +125,41 @@ def generate(
     variables: dict[str, Any],
     tokenizer: Any,
     prompts: str | Sequence[Any],
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    ignore_eos: bool = False,
+    max_new_tokens: Any = 64,
+    temperature: Any = 0.0,
+    ignore_eos: Any = False,
     *,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    seed: Any = 0,
+    return_details: bool = False,
+    **options: Any,
 ) -> Any:
     """Continues prompts: a text or a list of texts gives a text or a list of texts (the new part alone); a list of token ids,
     or a list of such lists, gives new token ids. EOS ends a row and is not returned, unless `ignore_eos`.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 are off; row i samples with seed + i. Raises UserError for texts without a
-    tokenizer, an empty prompt, a token outside the vocabulary and settings that make no sense.
+    temperature 0 is greedy; top_k 0 and top_p 1 are off. Further options: min_p, repetition_penalty, frequency_penalty,
+    presence_penalty, logit_bias ({id: value}), stop (texts that end a row, and are not returned; its ids keep the tokens that spell
+    them), stop_token_ids, logprobs and prompt_logprobs (how many most likely tokens beside the chosen one): the fields of
+    `moejax.generation_config.GenerationSettings`. Each is one value for all prompts or a list with one per prompt; of one seed, row i
+    draws with seed + i. A row's continuation does not depend on the rows beside it.
+
+    return_details gives `moejax.serving.engine.Generation`s instead: .tokens, .text, .finish_reason ("stop" or "length"), .logprobs,
+    .prompt_logprobs. Raises UserError, naming field and row, for options that make no sense, texts without a tokenizer, an empty prompt
+    and a token outside the vocabulary.
     """
-    settings = GenerationSettings(max_new_tokens, temperature, top_k, top_p, seed, ignore_eos)
     single = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__"))
     batch = [prompts] if single else list(prompts)
+    named = {"max_new_tokens": max_new_tokens, "temperature": temperature, "ignore_eos": ignore_eos, "top_k": top_k, "top_p": top_p}
+    settings = settings_per_row({**named, "seed": seed, **options}, len(batch))
     as_text = [isinstance(prompt, str) for prompt in batch]
     if any(as_text) and tokenizer is None:
         raise UserError("generate got text but no tokenizer; pass one (moejax.load_tokenizer), or give prompts as lists of token ids")
+    asks_scores = [one.logprobs is not None or one.prompt_logprobs is not None for one in settings]
+    if any(asks_scores) and not return_details:
+        raise UserError("logprobs and prompt_logprobs are part of the details; add return_details=True")
     ids = [tokenizer.encode(p) if is_text else [int(t) for t in p] for p, is_text in zip(batch, as_text, strict=True)]
-    new = Engine(model, variables).generate(ids, settings)
-    results = [tokenizer.decode(tokens, is_start=False) if is_text else tokens for tokens, is_text in zip(new, as_text, strict=True)]
+    generations = Engine(model, variables, tokenizer=tokenizer).complete(ids, settings)
+    plain = [made.text if is_text else made.tokens for made, is_text in zip(generations, as_text, strict=True)]
+    results = generations if return_details else plain
     return results[0] if single else results

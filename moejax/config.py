@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from moejax.checks import UserError, divisors, nearest, require_choice, require_positive, require_types
 from moejax.data_config import DataConfig, Domain, Stage
+from moejax.generation_config import GenerationSettings
 from moejax.rope_config import RopeScaling
 
 DispatchName = Literal["auto", "sorted", "dense", "ragged", "gather", "capacity"]
@@ -248,15 +249,24 @@ class SampleConfig:
     seed: int = 0
     ignore_eos: bool = False
 
+    min_p: float = 0.0  # 0: off
+    repetition_penalty: float = 1.0  # 1: off
+    frequency_penalty: float = 0.0  # 0: off
+    presence_penalty: float = 0.0  # 0: off
+    stop: tuple[str, ...] = ()  # texts before the first of which the sample ends
+
     def __post_init__(self) -> None:
         require_types("sample", self)
-        if self.max_new_tokens < 0 or self.top_k < 0 or self.temperature < 0:
-            raise UserError(
-                f"sample.max_new_tokens={self.max_new_tokens}, sample.top_k={self.top_k} and sample.temperature={self.temperature} "
-                "must not be negative"
-            )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"sample.top_p={self.top_p} must be above 0 and at most 1 (1 switches it off)")
+        try:
+            self.settings  # noqa: B018 - raises for what makes no sense
+        except UserError as error:
+            raise UserError(f"sample.{error}") from None
+
+    @property
+    def settings(self) -> GenerationSettings:
+        """All but the prompt, as generation takes it."""
+        values = dataclasses.asdict(self)
+        return GenerationSettings(**{name: value for name, value in values.items() if name != "prompt"})
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ REFUSED = {
         ("train.optimizer='adam'", "adamw, adafactor, lion, muon", "did you mean"),
     ),  # type: ignore
     "a negative warm-up": (lambda: TrainConfig(warmup_steps=-1), ("train.warmup_steps=-1", "not be negative")),
-    "a negative temperature": (lambda: SampleConfig(temperature=-0.5), ("sample.temperature=-0.5", "not be negative")),
+    "a negative temperature": (lambda: SampleConfig(temperature=-0.5), ("sample.temperature=-0.5", "from 0 (greedy) on")),
     "an empty nucleus": (lambda: SampleConfig(top_p=0.0), ("sample.top_p=0.0", "above 0")),
     "one of several processes half said": (
         lambda: DistributedConfig(process_id=1),

@@ -197,6 +197,16 @@ def test_samples_are_text_and_nothing_else(run, place, environment):
     assert other.stdout != first.stdout
 
 
+def test_a_file_of_prompts_is_answered_line_by_line(run, place, environment, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "the model"}\n{"tokens": [5, 6], "max_new_tokens": 3, "logprobs": 1}\n')
+    files = ("--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"))
+    result = sample(place, environment, "--checkpoint", "runs/straight", "--min-p", "0.01", "--stop", "zzz", "yyy", *files)
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (len(first["tokens"]), len(second["tokens"]), len(second["logprobs"])) == (12, 3, 3)
+    assert result.stdout == ""
+    assert "2/2 prompts, 15 tokens" in result.stderr
+
+
 def test_the_newest_run_is_sampled_from(run, place, environment, tmp_path):
     shutil.copytree(place / "runs" / "straight", tmp_path / "runs" / "older")
     shutil.copytree(place / "runs" / "straight", tmp_path / "runs" / "newer")
@@ -352,6 +362,13 @@ SAMPLE_ARGUMENTS = {
     "a file": (["--checkpoint", "something-else/notes.txt"], ("is a file", "expected a directory")),
     "unknown flag": (["--promt", "x"], ("--promt", "--prompt")),
     "negative temperature": (["--temperature", "-1"], ("temperature=-1",)),
+    "a bias that is none": (["--logit-bias", "5=1"], ("--logit-bias 5=1", "ID:VALUE")),
+    "prompts without out": (["--prompts", "in.jsonl"], ("--prompts and --out belong together",)),
+    "logprobs of one prompt": (["--logprobs", "2"], ("--logprobs", "add --prompts and --out")),
+    "a bad line": (
+        ["--checkpoint", "something-else", "--prompts", "in.jsonl", "--out", "out.jsonl"],
+        ("in.jsonl, line 2", "top_p=2", "at most 1"),
+    ),
 } | {name: (["--checkpoint", name], parts) for name, (_, parts) in CHECKPOINTS.items()}
 
 
@@ -364,6 +381,7 @@ def wrong_checkpoints(tmp_path_factory) -> dict[str, dict]:
         for file, text in files.items():
             (folder / name / file).parent.mkdir(exist_ok=True)
             (folder / name / file).write_text(text)
+    (folder / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "top_p": 2}\n')
     return misuse(SAMPLE, SAMPLE_ARGUMENTS, folder)
 
 

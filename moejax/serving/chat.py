@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import Any, TextIO
 
 from moejax.config import UserError
-from moejax.data.text import StreamDecoder, Tokenizer
-from moejax.serving.engine import Engine, GenerationSettings
+from moejax.data.text import Tokenizer
+from moejax.generation_config import GenerationSettings
+from moejax.serving.engine import Engine
 
 HELP = """/reset  forget the conversation and start a new one
 /undo   take back the last message and its reply
@@ -28,7 +29,7 @@ class Conversation:
     """Messages and replies in turn, each reply read from the whole of what was said."""
 
     def __init__(self, model: Any, variables: Any, tokenizer: Tokenizer, settings: GenerationSettings):
-        self.engine = Engine(model, variables, bucket=BUCKET)
+        self.engine = Engine(model, variables, bucket=BUCKET, tokenizer=tokenizer)
         self.tokenizer = tokenizer
         self.settings = replace(settings, ignore_eos=False)
         self.messages: list[dict[str, str]] = []
@@ -36,8 +37,8 @@ class Conversation:
     def reply(self, text: str) -> Generator[str, None, None]:
         """Pieces of the reply to `text`. Both are kept when it ends, also where the caller closes the iterator before.
 
-        A reply ends at an EOS of the model or of the tokenizer, or with the settings' number of tokens, or where the positions
-        that the model is meant for end. Raises UserError, and keeps nothing, where the conversation has filled those.
+        A reply ends at an EOS of the model or of the tokenizer, before a stop string, with the settings' number of tokens, or where the
+        positions that the model is meant for end. Raises UserError, and keeps nothing, where the conversation has filled those.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.tokenizer.chat(messages)
@@ -47,19 +48,19 @@ class Conversation:
                 f"the conversation would have {len(ids)} tokens, and this model is meant for {self.engine.model.config.max_length}; "
                 "/undo takes the last exchange back, /reset starts anew"
             )
-        settings = replace(self.settings, max_new_tokens=min(self.settings.max_new_tokens, room))
+        settings = replace(
+            self.settings,
+            max_new_tokens=min(self.settings.max_new_tokens, room),
+            stop_token_ids=(*self.settings.stop_token_ids, *self.tokenizer.eos_token_ids),
+        )
         # Arctic's marks are followed by text as it is; Mistral's models put a space before a reply, which is none of its text.
-        decoder = StreamDecoder(self.tokenizer, is_start=self.tokenizer.chat_format != "arctic")
+        is_start = self.tokenizer.chat_format != "arctic"
         said: list[str] = []
         refused = False
         try:
-            for (token,) in self.engine.stream([ids], settings):
-                if token is None or token in self.tokenizer.eos_token_ids:
-                    break
-                said.append(decoder.push(token))
+            for (made,) in self.engine.follow([ids], settings, is_start):
+                said.append(made.text[sum(map(len, said)) :])
                 yield said[-1]
-            said.append(decoder.finish())
-            yield said[-1]
         except UserError:
             refused = True
             raise

@@ -1,143 +1,307 @@
-"""Decoding: prefill a batch of prompts, then one jitted step a token, the KV cache donated from step to step.
+"""Decoding a batch: prompts are read into the cache, then tokens are made several a call, the cache donated from call to call.
 
-Prompts of different lengths stand left-aligned in one batch, each row at its own position; lengths are padded to buckets so
-that a shape compiles once.
+Prompts of different lengths stand left-aligned in one batch, each row at its own position, with its own settings and its own end.
+Batch, prompt length and cache capacity are rounded up to buckets, so that few shapes are compiled, each once in a process.
 """
 
+import dataclasses
 import functools
+import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
-from jax import numpy as jnp
 
 from moejax.config import UserError
-from moejax.model.cache import KVCache, create_cache
-from moejax.model.transformer import Transformer, head_weight
-from moejax.ops.matmul import project
-from moejax.ops.sampling import Sampling, sample_tokens
-from moejax.sharding import constrain
+from moejax.generation_config import GenerationSettings
+from moejax.model.cache import create_cache
+from moejax.model.transformer import Transformer, unstack_layers
+from moejax.ops.sampling import Sampling
+from moejax.serving.decoding import STEPS, DecodeState, Limits, Scores, choose_first, decode, prefill
+from moejax.serving.stopping import StoppingDecoder
 
-BUCKET = 64  # prompt lengths and cache capacities are rounded up to a multiple of this, unless an engine is given another
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How to continue prompts. temperature 0 is greedy; top_k 0 and top_p 1 are off; row i draws with seed + i."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "temperature", "top_k"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1 (1 switches it off)")
+BUCKET = 64  # prompt lengths and cache capacities are rounded up to multiples of this, unless an engine is given another
+UNROLLED_LAYERS = 16  # on CPU, models of up to as many layers are decoded with their layers unrolled
+_SECONDS_A_CALL = 0.2  # how long text may stay away, and Ctrl-C wait, while a call makes several tokens
 
 
-def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `number`."""
-    return -(-number // multiple) * multiple
+class TokenScore(NamedTuple):
+    """A token's log-probability under the model itself (before bias, penalties and temperature), and the most likely tokens' there."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def prefill(model: Transformer, variables: Any, tokens: Array, mask: Array, cache: KVCache) -> tuple[Array, Any]:
-    """Reads prompts [B, T] (right-padded, `mask` 1 where real) into the cache; logits float32 [B, V] after each row's last token."""
-    outputs = model.apply(variables, tokens, mask=mask, cache=cache, return_logits=False)
-    last = jnp.sum(mask != 0, axis=1) - 1
-    features = outputs.features[jnp.arange(tokens.shape[0]), last]
-    head = head_weight(variables["params"]).astype(features.dtype)
-    return constrain(project(features, head).astype(jnp.float32), model.mesh, None, None), outputs.cache
+@dataclass
+class Generation:
+    """What one prompt was continued with, so far or in the end."""
 
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def decode_step(model: Transformer, variables: Any, tokens: Array, cache: KVCache) -> tuple[Array, Any]:
-    """One more token a row: tokens [B] -> logits float32 [B, V] and the cache, updated in place."""
-    outputs = model.apply(variables, tokens[:, None], cache=cache)
-    return constrain(jnp.asarray(outputs.logits)[:, 0], model.mesh, None, None), outputs.cache
-
-
-@jax.jit
-def pick_tokens(logits: Array, settings: Sampling, keys: Array, step: Array) -> Array:
-    """The next token [B]; row b's draw at step n comes from its own key, folded with n."""
-    return sample_tokens(logits, settings, jax.vmap(lambda key: jax.random.fold_in(key, step))(keys))
+    tokens: list[int] = field(default_factory=list)  # without the EOS or stop id that ended them
+    text: str = ""  # up to a stop string; "" without a tokenizer
+    finish_reason: Literal["stop", "length"] | None = None  # None while it goes on
+    logprobs: list[TokenScore] | None = None  # of tokens
+    prompt_logprobs: list[TokenScore | None] | None = None  # of the prompt's tokens; the first has none
 
 
 class Engine:
-    """Continues batches of token ids with one model; holds no state between calls beside compiled programs."""
+    """Continues batches of token ids with one model; holds no state between calls beside compiled programs.
 
-    def __init__(self, model: Transformer, variables: Any, bucket: int = BUCKET) -> None:
+    On CPU, decoding through a scan over stacked layers copies every layer's weights at every step. So a model of up to UNROLLED_LAYERS
+    layers on one CPU device is unstacked once, here: the layers' weights a second time, for as long as the engine lives.
+    """
+
+    def __init__(self, model: Transformer, variables: Any, bucket: int = BUCKET, tokenizer: Any = None) -> None:
+        self.bucket = bucket
+        self.tokenizer = tokenizer
+        config = model.config
+        if config.scan_layers and config.num_layers <= UNROLLED_LAYERS and model.mesh is None and jax.default_backend() == "cpu":
+            unrolled = dataclasses.replace(config, scan_layers=False)
+            variables = {**variables, "params": _unstack(unrolled, variables["params"])}
+            model = Transformer(unrolled)
         self.model = model
         self.variables = variables
-        self.bucket = bucket
 
-    def stream(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> Iterator[list[int | None]]:
-        """Yields after every step the new token of each row, None for rows that have stopped; EOS itself is not yielded.
-
-        Raises UserError for an empty prompt or a token outside the vocabulary, before anything runs.
-        """
-        config = self.model.config
-        self._check(prompts, settings)
-        if not prompts or settings.max_new_tokens == 0:
-            return
-        longest = max(map(len, prompts))
-        width = round_up(longest, self.bucket)
-        tokens = np.zeros((len(prompts), width), np.int32)
-        mask = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
-        cache = create_cache(config, len(prompts), round_up(longest + settings.max_new_tokens, self.bucket), self.model.mesh)
-        logits, cache = prefill(self.model, self.variables, tokens, mask, cache)
-        sampling = self._sampling(len(prompts), settings)
-        keys = jax.vmap(jax.random.key)(settings.seed + np.arange(len(prompts)))
-        stops = () if settings.ignore_eos else config.eos_token_ids
-        stopped = np.zeros(len(prompts), bool)
-        for step in range(settings.max_new_tokens):
-            chosen = pick_tokens(logits, sampling, keys, jnp.int32(step))
-            if step + 1 < settings.max_new_tokens:  # dispatched before the host looks at the token
-                logits, cache = decode_step(self.model, self.variables, chosen, cache)
-            ids = np.asarray(chosen)
-            stopped |= np.isin(ids, stops)
-            if stopped.all():
-                return
-            yield [None if stop else int(token) for token, stop in zip(ids, stopped, strict=True)]
-
-    def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings | Sequence[GenerationSettings]) -> list[list[int]]:
         """The new tokens of every prompt, EOS excluded."""
-        results: list[list[int]] = [[] for _ in prompts]
-        for tokens in self.stream(prompts, settings):
-            for result, token in zip(results, tokens, strict=True):
-                if token is not None:
-                    result.append(token)
-        return results
+        return [generation.tokens for generation in self.complete(prompts, settings)]
 
-    def _sampling(self, rows: int, settings: GenerationSettings) -> Sampling:
-        return Sampling(
-            jnp.full(rows, settings.temperature, jnp.float32),
-            jnp.full(rows, settings.top_k, jnp.int32),
-            jnp.full(rows, settings.top_p, jnp.float32),
-        )
+    def complete(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings | Sequence[GenerationSettings]) -> list[Generation]:
+        """The Generation of every prompt; see `follow`."""
+        return list(self.follow(prompts, settings))[-1]  # a list of the same objects again and again
 
-    def _check(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
+    def stream(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings | Sequence[GenerationSettings]
+    ) -> Iterator[list[int | None]]:
+        """Yields after every step the new token of each row, None for rows that have ended; EOS itself is not yielded."""
+        known = [0] * len(prompts)
+        for generations in self.follow(prompts, settings):
+            tokens = [row.tokens[-1] if len(row.tokens) > count else None for row, count in zip(generations, known, strict=True)]
+            known = [len(row.tokens) for row in generations]
+            if any(token is not None for token in tokens):
+                yield tokens
+
+    def follow(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings | Sequence[GenerationSettings],
+        is_start: bool = False,
+    ) -> Iterator[list[Generation]]:
+        """Yields the rows' Generations after every step, always the same objects, and what they hold grows; once where nothing is to do.
+
+        One GenerationSettings is for all prompts, and row i then draws with seed + i; several are one per prompt. Text is made where the
+        engine has a tokenizer; `is_start` says that it begins anew, with no space before it. Raises UserError, before anything runs, for
+        an empty prompt, ids outside the vocabulary, stop strings without a tokenizer.
+        """
+        several = spread_settings(settings, len(prompts))
+        self._check(prompts, several)
+        if not prompts:
+            yield []
+            return
+        rows = [_Row(prompt, one, self.tokenizer, is_start) for prompt, one in zip(prompts, several, strict=True)]
+        generations = [row.generation for row in rows]
+        for row in rows:
+            if row.settings.max_new_tokens == 0:
+                row.end("length")
+        if all(row.ended for row in rows) and all(row.settings.prompt_logprobs is None for row in rows):
+            yield generations
+            return
+        for tokens, scores in self._run(rows):
+            for place, row in enumerate(rows):
+                if not row.ended:
+                    row.add(int(tokens[place]), scores, place, self._stop_ids(row.settings))
+            yield generations
+        if all(row.settings.max_new_tokens == 0 for row in rows):
+            yield generations
+
+    def _run(self, rows: list["_Row"]) -> Iterator[tuple[np.ndarray, Scores | None]]:
+        """Yields (tokens [B], Scores [B]) of every step, until all rows have ended."""
+        batch, width, capacity = self.shapes([len(row.prompt) for row in rows], [row.settings.max_new_tokens for row in rows])
+        vocabulary = self.model.config.vocab_size
+        tokens, mask = np.zeros((batch, width), np.int32), np.zeros((batch, width), np.int32)
+        mask[:, 0] = 1  # rows that fill the batch up hold one token, and make none
+        for place, row in enumerate(rows):
+            tokens[place, : len(row.prompt)], mask[place, : len(row.prompt)] = row.prompt, 1
+        several = [row.settings for row in rows]
+        sampling, limits = self._place_settings(several, batch)
+        num_top = _bucket_top([one.logprobs for one in several], vocabulary)
+        prompt_top = _bucket_top([one.prompt_logprobs for one in several], vocabulary)
+        in_prompt = self._find_in_prompts(rows, batch) if any(one.has_penalties for one in several) else None
+        cache = create_cache(self.model.config, batch, capacity, self.model.mesh)
+        logits, cache, prompt_scores = prefill(self.model, prompt_top, self.variables, tokens, mask, cache)
+        for place, row in enumerate(rows):
+            row.add_prompt_scores(None if prompt_scores is None else jax.tree.map(np.asarray, prompt_scores), place)
+        if all(row.ended for row in rows):
+            return
+        chosen, alive, counts, scores = choose_first(self.model.mesh, num_top, logits, sampling, limits, in_prompt)
+        del logits
+        yield np.asarray(chosen), _to_host(scores)
+        state = DecodeState(cache, chosen, np.ones(batch, np.int32), alive, counts)  # pyright: ignore[reportArgumentType]
+        steps, seconds = 1, 0.0
+        while not all(row.ended for row in rows):
+            open_rows = np.array([place < len(rows) and not rows[place].ended for place in range(batch)])
+            state = dataclasses.replace(state, alive=open_rows)  # pyright: ignore[reportArgumentType]
+            started = time.perf_counter()
+            state, made, scores = decode(
+                self.model,
+                num_top,
+                self.variables,
+                state,
+                sampling,
+                limits,
+                in_prompt,
+                np.int32(steps),  # pyright: ignore[reportArgumentType]
+            )
+            made, scores = np.asarray(made), _to_host(scores)
+            count = int(np.sum(np.any(made >= 0, axis=1)))
+            seconds = (time.perf_counter() - started) / max(count, 1)
+            steps = int(np.clip(_SECONDS_A_CALL / seconds, 1, STEPS))
+            for step in range(count):
+                yield made[step], None if scores is None else jax.tree.map(lambda leaf, step=step: leaf[step], scores)
+
+    def shapes(self, prompt_lengths: Sequence[int], new_tokens: Sequence[int]) -> tuple[int, int, int]:
+        """(rows, prompt positions, cache capacity) that a batch is rounded up to: what its programs are compiled for."""
+        longest = max(prompt_lengths)
+        capacity = max(length + new for length, new in zip(prompt_lengths, new_tokens, strict=True))
+        return 1 << (len(prompt_lengths) - 1).bit_length(), round_up(longest, self.bucket), round_up(max(capacity, longest), self.bucket)
+
+    def _stop_ids(self, settings: GenerationSettings) -> tuple[int, ...]:
+        return settings.stop_token_ids + (() if settings.ignore_eos else self.model.config.eos_token_ids)
+
+    def _place_settings(self, several: list[GenerationSettings], batch: int) -> tuple[Sampling, Limits]:
+        """The settings as arrays of `batch` rows; those that fill up are greedy and make nothing."""
+        several = several + [GenerationSettings(max_new_tokens=0)] * (batch - len(several))
+
+        def column(name: str, dtype: Any = np.float32) -> Any:
+            return np.array([getattr(one, name) for one in several], dtype)
+
+        widest = max(len(one.logit_bias) for one in several)
+        bias_room = max(8, 1 << (widest - 1).bit_length()) if widest else 0
+        bias_ids = np.full((batch, bias_room), self.model.config.vocab_size, np.int32)
+        bias_values = np.zeros((batch, bias_room), np.float32)
+        stops = [self._stop_ids(one) for one in several]
+        stop_ids = np.full((batch, round_up(max(map(len, stops)) or 1, 8)), -1, np.int32)
+        for place, one in enumerate(several):
+            bias_ids[place, : len(one.logit_bias)] = list(one.logit_bias)
+            bias_values[place, : len(one.logit_bias)] = list(one.logit_bias.values())
+            stop_ids[place, : len(stops[place])] = stops[place]
+        arrays: dict[str, Any] = {
+            name: column(name) for name in ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+        }
+        # A top_k that int32 does not hold keeps all tokens, as one of the vocabulary's size does.
+        arrays["top_k"] = np.array([min(one.top_k, self.model.config.vocab_size) for one in several], np.int32)
+        arrays["seed"] = np.array([one.seed % 2**32 for one in several], np.uint32)
+        sampling = Sampling(**arrays, bias_ids=bias_ids, bias_values=bias_values)  # pyright: ignore[reportArgumentType]
+        return sampling, Limits(stop_ids, column("max_new_tokens", np.int32))  # pyright: ignore[reportArgumentType]
+
+    def _find_in_prompts(self, rows: list["_Row"], batch: int) -> Any:
+        found = np.zeros((batch, self.model.config.vocab_size), bool)
+        for place, row in enumerate(rows):
+            found[place, row.prompt] = True
+        return found
+
+    def _check(self, prompts: Sequence[Sequence[int]], several: Sequence[GenerationSettings]) -> None:
         config = self.model.config
-        for row, prompt in enumerate(prompts):
+        for row, (prompt, settings) in enumerate(zip(prompts, several, strict=True)):
             if not len(prompt):
                 raise UserError(f"prompt {row} has no tokens; give at least one, such as the beginning-of-text id {config.bos_token_id}")
             outside = [token for token in prompt if not 0 <= token < config.vocab_size]
             if outside:
                 raise UserError(f"prompt {row} holds token {outside[0]}, outside the model's vocabulary of {config.vocab_size}")
+            for name, ids in (("logit_bias", settings.logit_bias), ("stop_token_ids", settings.stop_token_ids)):
+                if beyond := [id for id in ids if id >= config.vocab_size]:
+                    raise UserError(f"prompt {row}: {name} names token {beyond[0]}, outside the model's vocabulary of {config.vocab_size}")
+            if settings.stop and self.tokenizer is None:
+                raise UserError(
+                    f"prompt {row}: stop={settings.stop!r} is text, but there is no tokenizer; give stop_token_ids, or pass one"
+                )
             if len(prompt) + settings.max_new_tokens > config.max_length:
                 warnings.warn(
                     f"prompt {row}: {len(prompt)} tokens and {settings.max_new_tokens} new ones go past the {config.max_length} "
                     "positions this model is meant for; expect the text to degrade there",
                     stacklevel=4,
                 )
+
+
+class _Row:
+    """One prompt on its way."""
+
+    def __init__(self, prompt: Sequence[int], settings: GenerationSettings, tokenizer: Any, is_start: bool):
+        self.prompt = [int(token) for token in prompt]
+        self.settings = settings
+        self.generation = Generation(logprobs=None if settings.logprobs is None else [])
+        self._decoder = None if tokenizer is None else StoppingDecoder(tokenizer, settings.stop, is_start)
+
+    @property
+    def ended(self) -> bool:
+        return self.generation.finish_reason is not None
+
+    def end(self, reason: Literal["stop", "length"]) -> None:
+        self.generation.finish_reason = reason
+        if self._decoder is not None:
+            self.generation.text += self._decoder.finish()
+            if self._decoder.stopped:
+                self.generation.finish_reason = "stop"
+
+    def add(self, token: int, scores: Scores | None, place: int, stop_ids: tuple[int, ...]) -> None:
+        """Takes the next token, and ends the row where it does."""
+        made = self.generation
+        if token in stop_ids:
+            return self.end("stop")
+        made.tokens.append(token)
+        if made.logprobs is not None and scores is not None:
+            made.logprobs.append(_token_score(token, scores, place, self.settings.logprobs or 0))
+        if self._decoder is not None:
+            made.text += self._decoder.push(token)
+            if self._decoder.stopped:
+                return self.end("stop")
+        if len(made.tokens) == self.settings.max_new_tokens:
+            self.end("length")
+
+    def add_prompt_scores(self, scores: Scores | None, place: int) -> None:
+        if self.settings.prompt_logprobs is None or scores is None:
+            return
+        following = enumerate(self.prompt[1:])
+        wanted = self.settings.prompt_logprobs
+        self.generation.prompt_logprobs = [None, *(_token_score(token, scores, (place, at), wanted) for at, token in following)]
+
+
+def spread_settings(settings: GenerationSettings | Sequence[GenerationSettings], rows: int) -> list[GenerationSettings]:
+    """One per row: one for all is given to row i with seed + i. Raises UserError where the number is not that of the rows."""
+    if isinstance(settings, GenerationSettings):
+        return [dataclasses.replace(settings, seed=settings.seed + row) for row in range(rows)]
+    if len(settings) != rows:
+        raise UserError(f"settings for {len(settings)} prompts were given, but there are {rows}; give one for all, or one per prompt")
+    return list(settings)
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `number`; above eight of them in steps of a fourth to an eighth of the number,
+    so that long texts do not need a program for every few tokens."""
+    while number > 8 * multiple:
+        multiple *= 2
+    return -(-number // multiple) * multiple
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unstack(config: Any, params: dict[str, Any]) -> dict[str, Array]:
+    return unstack_layers(params, config)
+
+
+def _bucket_top(wanted: list[int | None], vocabulary: int) -> int | None:
+    """How many most likely tokens the device reports: None where no row asks, else a power of two from 8 on."""
+    asked = [count for count in wanted if count is not None]
+    return min(1 << max(3, (max(asked) - 1).bit_length()), vocabulary) if asked else None
+
+
+def _to_host(scores: Scores | None) -> Scores | None:
+    return jax.tree.map(np.asarray, scores)
+
+
+def _token_score(token: int, scores: Scores, place: Any, wanted: int) -> TokenScore:
+    top = zip(scores.top_ids[place][:wanted], scores.top[place][:wanted], strict=True)
+    return TokenScore(token, float(scores.chosen[place]), tuple((int(id), float(value)) for id, value in top))

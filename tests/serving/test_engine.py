@@ -8,8 +8,11 @@ import pytest
 
 import moejax
 from moejax.config import ModelConfig, UserError
-from moejax.model.transformer import Transformer, init_parameters
-from moejax.serving.engine import Engine, GenerationSettings
+from moejax.data.text import train_tokenizer
+from moejax.generation_config import GenerationSettings
+from moejax.model.transformer import Transformer, init_parameters, unstack_layers
+from moejax.serving import decoding
+from moejax.serving.engine import Engine, round_up
 
 CONFIG = ModelConfig(
     vocab_size=50, hidden_size=16, intermediate_size=16, num_layers=2, num_experts=4, initializer_range=0.4, eos_token_ids=(2,)
@@ -62,15 +65,122 @@ def test_nothing_asked_for_gives_nothing():
     assert moejax.generate(MODEL, VARIABLES, None, []) == []
 
 
-def test_shapes_compile_once_per_bucket():
-    from moejax.serving.engine import decode_step
+def test_rows_have_settings_and_ends_of_their_own():
+    """In any company: the same rows alone, together, and in another order."""
+    rows = [
+        GenerationSettings(3, ignore_eos=True),
+        GenerationSettings(11, temperature=0.9, seed=4, top_k=9, ignore_eos=True),
+        GenerationSettings(0),
+        GenerationSettings(7, temperature=1.2, seed=5, min_p=0.1, repetition_penalty=1.5, presence_penalty=0.5, logit_bias={7: 3.0}),
+        GenerationSettings(10, repetition_penalty=1.8, frequency_penalty=2.0, ignore_eos=True),
+    ]
+    prompts = [PROMPTS[row % 3] for row in range(5)]
+    engine = Engine(MODEL, VARIABLES)
+    together = engine.complete(prompts, rows)
+    assert [len(made.tokens) for made in together[:3]] == [3, 11, 0]
+    assert together[0].tokens == greedy_by_recomputing(prompts[0], 3)
+    assert [made.finish_reason for made in together[:3]] == ["length"] * 3
+    assert engine.complete(prompts[::-1], rows[::-1]) == together[::-1]
+    for prompt, settings, made in zip(prompts, rows, together, strict=True):
+        assert engine.complete([prompt], [settings]) == [made]
 
+
+def test_penalties_count_what_was_generated():
+    settings = GenerationSettings(8, frequency_penalty=0.7, presence_penalty=0.4, repetition_penalty=1.3, ignore_eos=True)
+    made = Engine(MODEL, VARIABLES).generate([PROMPTS[2]], settings)[0]
+    tokens = list(PROMPTS[2])
+    for _ in range(8):
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logits = np.array(RECOMPUTE(VARIABLES, padded)[0, len(tokens) - 1])
+        seen, counts = np.unique(tokens), np.bincount(tokens[len(PROMPTS[2]) :], minlength=50)
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / 1.3, logits[seen] * 1.3)
+        tokens.append(int(np.argmax(logits - 0.7 * counts - 0.4 * (counts > 0))))
+    assert made == tokens[len(PROMPTS[2]) :]
+    assert made != greedy_by_recomputing(PROMPTS[2], 8)
+
+
+def test_log_probabilities_are_the_full_forward_s():
+    settings = GenerationSettings(11, temperature=1.0, top_k=20, presence_penalty=0.5, logprobs=3, prompt_logprobs=2, ignore_eos=True)
+    for prompt, made in zip(PROMPTS, Engine(MODEL, VARIABLES).complete(PROMPTS, settings), strict=True):
+        tokens = prompt + made.tokens
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(tokens)] = tokens
+        exact = np.asarray(jax.nn.log_softmax(RECOMPUTE(VARIABLES, padded)[0]))
+        assert made.prompt_logprobs[0] is None
+        scores = made.prompt_logprobs[1:] + made.logprobs
+        assert [score.token for score in scores] == tokens[1:]
+        assert [len(score.top) for score in scores] == [2] * (len(prompt) - 1) + [3] * 11
+        for place, score in enumerate(scores):
+            assert score.logprob == pytest.approx(exact[place, score.token], abs=1e-4)
+            order = np.argsort(-exact[place])[: len(score.top)]
+            assert [id for id, _ in score.top] == order.tolist()
+            assert [value for _, value in score.top] == pytest.approx(exact[place, order].tolist(), abs=1e-4)
+
+
+def test_only_the_prompt_s_log_probabilities():
+    (made,) = Engine(MODEL, VARIABLES).complete([PROMPTS[2]], GenerationSettings(0, prompt_logprobs=0))
+    assert (made.tokens, made.finish_reason, len(made.prompt_logprobs)) == ([], "length", 6)
+    assert made.prompt_logprobs[1].top == ()
+
+
+TEXTS = ["the router sends a token to an expert, and the expert sends it back\n" * 20]
+TOKENIZER = train_tokenizer(TEXTS, 300)
+SPEAKER = Transformer(dataclasses.replace(CONFIG, vocab_size=300))
+SPOKEN = {"params": init_parameters(SPEAKER, jax.random.key(4))}
+
+
+def test_text_ends_before_a_stop_string_wherever_tokens_are_cut():
+    settings = GenerationSettings(20, temperature=1.0, seed=3, ignore_eos=True)
+    (free,) = Engine(SPEAKER, SPOKEN, tokenizer=TOKENIZER).complete([[5, 6]], settings)
+    assert free.text == TOKENIZER.decode(free.tokens, is_start=False)
+    middle = len(free.text) // 2
+    stop = free.text[middle - 2 : middle + 3]
+    engine = Engine(SPEAKER, SPOKEN, tokenizer=TOKENIZER)
+    rows = [dataclasses.replace(settings, stop=("never said", stop)), settings]
+    shown = [""]
+    for generations in engine.follow([[5, 6], [5, 6]], rows):
+        stopped, other = generations
+        assert stopped.text.startswith(shown[-1]), "what was shown is not taken back"
+        shown.append(stopped.text)
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == free.tokens[: len(stopped.tokens)]
+    assert stop in TOKENIZER.decode(stopped.tokens, is_start=False)
+    assert stop not in TOKENIZER.decode(stopped.tokens[:-1], is_start=False)
+    assert (other.text, other.finish_reason) == (free.text, "length")
+
+
+def test_stop_ids_end_a_row_also_where_eos_is_ignored():
+    free = Engine(MODEL, VARIABLES).generate([PROMPTS[0]], GenerationSettings(12, ignore_eos=True))[0]
+    settings = GenerationSettings(12, ignore_eos=True, stop_token_ids=(free[5],))
+    (made,) = Engine(MODEL, VARIABLES).complete([PROMPTS[0]], settings)
+    assert (made.tokens, made.finish_reason) == (free[: free.index(free[5])], "stop")
+
+
+def test_layers_are_unstacked_where_that_is_cheap():
+    engine = Engine(MODEL, VARIABLES)
+    assert not engine.model.config.scan_layers
+    assert set(engine.variables["params"]) == set(unstack_layers(VARIABLES["params"], CONFIG))
+    deep = Transformer(dataclasses.replace(CONFIG, num_layers=17))
+    assert Engine(deep, VARIABLES).model is deep
+
+
+def test_sizes_are_rounded_up_to_few():
+    sizes = {round_up(number, 64) for number in range(1, 32_769)}
+    assert all(number <= round_up(number, 64) <= max(number * 1.25, number + 63) for number in range(1, 5000))
+    assert len(sizes) == 8 + 4 * 6
+    assert Engine(MODEL, VARIABLES).shapes([3, 70, 9], [100, 1, 0]) == (4, 128, 128)
+
+
+def test_shapes_compile_once_per_bucket():
     engine = Engine(Transformer(dataclasses.replace(CONFIG, max_length=4095)), VARIABLES)
     engine.generate([[1, 2, 3]], GenerationSettings(4, ignore_eos=True))
-    compiled = decode_step._cache_size()
+    compiled = [program._cache_size() for program in (decoding.prefill, decoding.choose_first, decoding.decode)]
     for length in (1, 7, 20, 40):
-        engine.generate([list(range(1, length + 1))], GenerationSettings(5, ignore_eos=True))
-    assert decode_step._cache_size() == compiled
+        settings = GenerationSettings(5 + length % 3, temperature=length % 2, top_k=length, top_p=0.9, seed=length, ignore_eos=True)
+        engine.generate([list(range(1, length + 1))], settings)
+    assert compiled == [program._cache_size() for program in (decoding.prefill, decoding.choose_first, decoding.decode)]
 
 
 @pytest.mark.parametrize(("prompts", "options", "message"), [
@@ -82,6 +192,12 @@ def test_shapes_compile_once_per_bucket():
     ([[1]], {"top_p": 0.0}, "top_p=0.0"),
     ([[1]], {"top_k": -2}, "top_k=-2"),
     ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1"),
+    ([[1], [2]], {"min_p": [0.1, 2]}, "prompt 1: min_p=2"),
+    ([[1], [2]], {"temperature": [0.1]}, "temperature is a list of 1 values, but there are 2 prompts"),
+    ([[1]], {"temprature": 1.0}, "temprature is no option of generation; did you mean 'temperature'"),
+    ([[1]], {"stop": "x"}, r"prompt 0: stop=\('x',\) is text, but there is no tokenizer"),
+    ([[1]], {"logit_bias": {50: 1.0}}, "prompt 0: logit_bias names token 50"),
+    ([[1]], {"logprobs": 1}, "return_details=True"),
 ])  # fmt: skip
 def test_bad_requests_are_refused(prompts, options, message):
     with pytest.raises(UserError, match=message):
