@@ -90,6 +90,7 @@ def test_scanned_equals_unrolled(model_and_variables):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_sorted_equals_dense(model_and_variables):
     model, variables = model_and_variables
     dense = Transformer(dataclasses.replace(model.config, dispatch="dense"))
