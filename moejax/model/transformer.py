@@ -151,9 +151,7 @@ class Transformer(nn.Module):
         tokens = jnp.asarray(tokens)
         real = _real_tokens(mask, segments)
         tokens, real, positions, segments, router_noise, fill = self._fill_up(tokens, real, positions, segments, router_noise, cache)
-        inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill)
-        if fill is not None:
-            inputs = dataclasses.replace(inputs, visibility=dataclasses.replace(inputs.visibility, num_keys=shape[1]))
+        inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill, num_keys=None if fill is None else shape[1])
         x, embedding = Embed(config, self.mesh, name="embed")(tokens)
         embedded = x
         x, cache, hidden, router = self._run_layers(x, cache, inputs, router_noise, return_hidden)
@@ -213,13 +211,20 @@ class Transformer(nn.Module):
         return load_balance_loss(router.statistics, self.config.router_aux_loss_kind)
 
     def _layer_inputs(
-        self, tokens: Array, real: Array | None, positions: Any, segments: Any, cache: KVCache | None, fill: Array | None
+        self,
+        tokens: Array,
+        real: Array | None,
+        positions: Any,
+        segments: Any,
+        cache: KVCache | None,
+        fill: Array | None,
+        num_keys: int | None,
     ) -> LayerInputs:
         config, (batch, time) = self.config, tokens.shape
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
         query_index = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None, :]
-        num_keys = time if cache is None else cache.capacity
-        key_index = jnp.broadcast_to(jnp.arange(num_keys, dtype=jnp.int32)[None, :], (batch, num_keys))
+        places = time if cache is None else cache.capacity
+        key_index = jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32)[None, :], (batch, places))
         if cache is not None and segments is not None:
             raise ValueError("segments and cache were both given; packed rows are for training, a cache holds one document a row")
         segments = None if segments is None else jnp.asarray(segments)
@@ -228,6 +233,7 @@ class Transformer(nn.Module):
             Indices(query_index, segments),
             Indices(key_index, segments, real_keys),
             window=config.attention_window,
+            num_keys=num_keys,
             whole_rows=cache is None,
         )
         positions = query_index if positions is None else jnp.asarray(positions)
