@@ -14,8 +14,8 @@ MAX_COMPILED_BYTES = 4 << 30
 
 def prepare_process() -> None:
     """Called first thing where a program starts that computes. May start the same command anew in this process, once."""
-    keep_compiled_programs()
     use_large_pages()
+    keep_compiled_programs()
 
 
 def user_cache() -> Path:

@@ -138,7 +138,9 @@ def test_a_run_that_was_killed_and_interrupted_is_the_run_that_was_not(run, plac
 
 
 @pytest.mark.parametrize(
-    ("blocks", "what"), [(48, "no room to save"), (4, "no room to write in the run directory")], ids=["checkpoint", "metrics"]
+    ("blocks", "what"),
+    [pytest.param(48, "no room to save", marks=pytest.mark.slow), (4, "no room to write in the run directory")],
+    ids=["checkpoint", "metrics"],
 )
 def test_a_disk_that_fills_leaves_the_last_good_checkpoint(run, place, environment, blocks, what):
     """Files may grow to `blocks` KiB: more than metrics.jsonl in the first case, less in the second."""

@@ -19,6 +19,7 @@ from moejax.bench.output import Output, report
 from moejax.checkpoint.names import list_sources
 from moejax.config import UserError
 from moejax.families.mixtral import MIXTRAL
+from moejax.training.hardware import read_status
 
 SHARD_BYTES = 5_000_000_000
 SAMPLED_EVERY = 0.02  # seconds
@@ -148,7 +149,7 @@ def time_conversion(work: Path, arguments: Arguments) -> Conversion:
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=sys.stderr)
     while process.poll() is None:
-        peak = max(peak, read_anonymous(process.pid))
+        peak = max(peak, read_status(process.pid, "RssAnon") or 0)
         time.sleep(SAMPLED_EVERY)
     os.sync()
     seconds = time.perf_counter() - started
@@ -162,15 +163,6 @@ def _count_cpu() -> float:
     """Seconds of processor time of the processes that this one has waited for."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
-
-
-def read_anonymous(process: int) -> int:
-    """RssAnon of a process in bytes; 0 once it has ended."""
-    try:
-        with open(f"/proc/{process}/status") as file:
-            return next((1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon:")), 0)
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
 
 
 def _drop_cache(directory: Path) -> None:

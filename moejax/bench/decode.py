@@ -129,9 +129,5 @@ def count_touched(model: Any, variables: Any, tokens: np.ndarray, prompt_length:
         return 0.0
     routed = jax.jit(lambda variables, tokens: model.apply(variables, tokens, return_logits=False, return_routing=True).routing.experts)
     experts = np.asarray(routed(variables, tokens[:, :-1]))[:, :, prompt_length:]  # [layers, B, steps, A]
-    chosen = np.zeros((*experts.shape[:1], experts.shape[2], model.config.num_experts), bool)
-    layers, steps = np.ogrid[: experts.shape[0], : experts.shape[2]]
-    for row in range(experts.shape[1]):
-        for rank in range(experts.shape[3]):
-            chosen[layers, steps, experts[:, row, :, rank]] = True
+    chosen = np.any(experts[..., None] == np.arange(model.config.num_experts), axis=(1, 3))  # [layers, steps, E]
     return float(chosen.sum(-1).mean())

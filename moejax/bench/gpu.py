@@ -4,18 +4,16 @@ Kernels against their references, then grouped matmuls, an MoE layer, attention,
 thing beside the others. What fails is said in its row, and the rest goes on.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from moejax.bench.gpu_items import ITEMS, Sizes, attempt
 from moejax.bench.measure import describe_machine
-from moejax.bench.output import require_place, write_result
+from moejax.bench.output import deliver, require_place
 from moejax.config import UserError
 
 LARGEST_ERROR = 0.02  # of a kernel in bfloat16 against its reference in float32, relative to the largest entry
@@ -44,11 +42,8 @@ def run(arguments: Arguments) -> None:
         require_place(str(arguments.json), "--json")
     results = measure_items(arguments.items, Sizes(), arguments.seconds)
     report(results, arguments.json)
-    if any(
-        row.get("relative_error", 0.0) > LARGEST_ERROR or row.get("relative_error", 0.0) != row.get("relative_error", 0.0)
-        for rows in results.values()
-        for row in rows
-    ):
+    errors = [row.get("relative_error", 0.0) for rows in results.values() for row in rows]
+    if not all(error <= LARGEST_ERROR for error in errors):  # what is not a number is not small
         raise SystemExit(1)
 
 
@@ -75,16 +70,11 @@ def _fill(rows: list[dict[str, Any]], found: Any, until: float) -> dict[str, Any
 
 def report(results: dict[str, list[dict[str, Any]]], json_path: str | None) -> None:
     """The result as tables; with a path, as JSON there too; with `-`, as JSON on stdout and nothing else."""
-    result = {"benchmark": "gpu", "items": results, **describe_machine()}
-    if json_path == "-":
-        print(json.dumps(result))
-        return
-    print(", ".join(f"{key} {value}" for key, value in describe_machine().items()))
+    machine = describe_machine()
+    lines = [", ".join(f"{key} {value}" for key, value in machine.items())]
     for name, rows in results.items():
-        print(f"\n{name}", *(f"  {_line(row)}" for row in rows), sep="\n")
-    if json_path is not None:
-        write_result(Path(json_path), json.dumps(result, indent=2) + "\n")
-        print(f"written to {json_path}", file=sys.stderr)
+        lines += ["", name, *(f"  {_line(row)}" for row in rows)]
+    deliver({"benchmark": "gpu", "items": results, **machine}, lines, json_path)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from moejax.config import ModelConfig, TrainConfig
+from moejax.bench.measure import compile_program, temporary_bytes
+from moejax.config import ModelConfig
 from moejax.families.arctic import ARCTIC_480B
 from moejax.families.mixtral import MIXTRAL_8X7B
 from moejax.ops import attention_cuda, dispatch, grouped
@@ -56,11 +57,8 @@ def attempt(row: Row, function: Callable[[], Row]) -> Row:
 
 def measure(function: Callable[..., Any], *arguments: Any, seconds: float, flops: float = 0, read: float = 0, calls: int = 1) -> Row:
     """Compiles and times; `flops` and `read` (bytes) are of one call, and a run of the program makes `calls` of them."""
-    started = time.perf_counter()
-    compiled = jax.jit(function).lower(*arguments).compile()
-    row: Row = {"compile_seconds": time.perf_counter() - started}
-    memory = compiled.memory_analysis()
-    row["temporary_bytes"] = None if memory is None else memory.temp_size_in_bytes
+    compiled, compile_seconds = compile_program(jax.jit(function), *arguments)
+    row: Row = {"compile_seconds": compile_seconds, "temporary_bytes": temporary_bytes(compiled)}
     for _ in range(2):
         started = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
@@ -308,29 +306,17 @@ def time_training(sizes: Sizes) -> Iterator[Row]:
 
 
 def _time_step(config: ModelConfig, sizes: Sizes) -> Row:
-    from moejax.data.rows import Batch
+    from moejax.bench.train import compile_step
     from moejax.families.flops import count_flops
-    from moejax.model.transformer import Transformer
     from moejax.training.hardware import find_peak
-    from moejax.training.state import create_optimizer, create_state
-    from moejax.training.step import train_step
 
     shape = (sizes.tokens // sizes.length, sizes.length)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, np.float32), np.ones(shape, np.int32), positions)
-    model, optimizer = Transformer(config), create_optimizer(TrainConfig(learning_rate=3e-5, warmup_steps=0))
-    state = create_state(model, optimizer, seed=0)
-    started = time.perf_counter()
-    step = train_step.lower(model, optimizer, state, batch).compile()
-    row: Row = {"compile_seconds": time.perf_counter() - started}
-    memory = step.memory_analysis()
-    row["temporary_bytes"] = None if memory is None else memory.temp_size_in_bytes
+    step = compile_step(config, *shape)
+    row: Row = {"compile_seconds": step.compile_seconds, "temporary_bytes": step.temporary_bytes}
     seconds = []
     for _ in range(6):
         started = time.perf_counter()
-        state, metrics = step(state, batch)
-        loss = float(metrics["loss"])
+        loss = float(step.run())
         seconds.append(time.perf_counter() - started)
     median, flops = float(np.median(seconds[2:])), count_flops(config, *shape)
     peak = find_peak(jax.devices()[:1], config.dtype).flops_per_second

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moejax.bench.measure import Ceilings, describe_shape, describe_timing, time_calls
+from moejax.bench.measure import Ceilings, describe_rates, describe_shape, time_calls
 from moejax.bench.output import Output, read_result, report, require_place
 from moejax.bench.shape import LAYER_FIELDS, PEER_SHAPE, SHAPE_FIELDS
 from moejax.config import ModelConfig, UserError
@@ -136,12 +136,7 @@ def measure_steps(axis: str, arguments: Arguments) -> list[dict[str, Any]]:
                 "axis": axis,
                 "value": value,
                 "tokens": rows * length,
-                "tokens_per_second": rows * length / timing.median,
-                "flops_per_second": flops / timing.median,
-                "fraction_of_ceiling": flops / timing.median / reached["ceiling_flops_per_second"],
-                "bound": "flops",
-                **reached,
-                **describe_timing(timing),
+                **describe_rates(timing, reached, rows * length, flops),
                 "seconds_over_first": timing.median / timings[str(first)].median,
                 "flops": flops,
                 "compile_seconds": steps[value].compile_seconds,

@@ -122,6 +122,19 @@ def describe_timing(timing: Timing) -> dict[str, float]:
     return {"seconds": timing.median, "seconds_lowest": timing.lowest, "seconds_highest": timing.highest}
 
 
+def describe_rates(timing: Timing, ceilings: dict[str, float], tokens: int, flops: float) -> dict[str, Any]:
+    """Of one call that takes `tokens` and `flops`: its rates and times, and what part of the ceiling for FLOP/s that is."""
+    rate = flops / timing.median
+    return {
+        "tokens_per_second": tokens / timing.median,
+        "flops_per_second": rate,
+        "fraction_of_ceiling": rate / ceilings["ceiling_flops_per_second"],
+        "bound": "flops",
+        **ceilings,
+        **describe_timing(timing),
+    }
+
+
 def peak_memory() -> dict[str, int | None]:
     """`peak_resident_bytes` of this process so far; `peak_device_bytes` of the fullest device, None where devices do not count (CPU)."""
     from moejax.training import hardware

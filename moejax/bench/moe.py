@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.bench.counts import count_layer_bytes, count_layer_flops
-from moejax.bench.measure import Ceilings, Timing, compile_program, describe_shape, describe_timing, temporary_bytes, time_calls
+from moejax.bench.measure import Ceilings, Timing, compile_program, describe_rates, describe_shape, temporary_bytes, time_calls
 from moejax.bench.output import Output, report
 from moejax.bench.shape import LAYER_FIELDS, PEER_SHAPE
 from moejax.config import DispatchName, MeshConfig, ModelConfig, UserError
@@ -145,16 +145,10 @@ def compile_balanced(config: ModelConfig, rows: int, backward: bool) -> Layer:
 
 def describe_layer(layer: Layer, rows: int, timing: Timing, ceilings: dict[str, float]) -> dict[str, Any]:
     """A row of results."""
-    rate = layer.flops / timing.median
     return {
         "tokens": rows,
-        "tokens_per_second": rows / timing.median,
-        "flops_per_second": rate,
+        **describe_rates(timing, ceilings, rows, layer.flops),
         "bytes_per_second": None if layer.bytes is None else layer.bytes / timing.median,
-        "fraction_of_ceiling": rate / ceilings["ceiling_flops_per_second"],
-        "bound": "flops",
-        **ceilings,
-        **describe_timing(timing),
         "flops": layer.flops,
         **layer.facts,
     }

@@ -73,14 +73,19 @@ def report(name: str, result: dict[str, Any], output: Output, columns: Sequence[
     rows = result.get("rows", [])
     first = {key: value for key, value in rows[0].items() if key in COMMON} if rows else {}
     whole = {"benchmark": name, **dict.fromkeys(COMMON), **peak_memory(), **first, **result, **describe_machine()}
-    if output.json == "-":
-        print(json.dumps(whole))
-        return whole
-    print("\n".join(_tell(whole, columns) if earlier is None else _compare(whole, earlier, columns)))
-    if output.json is not None:
-        write_result(Path(output.json), json.dumps(whole, indent=2) + "\n")
-        print(f"written to {output.json}", file=sys.stderr)
+    deliver(whole, _tell(whole, columns) if earlier is None else _compare(whole, earlier, columns), output.json)
     return whole
+
+
+def deliver(result: dict[str, Any], lines: Sequence[str], json_path: str | None) -> None:
+    """Prints the lines; with a path, writes the result as JSON there too; with `-`, prints the JSON and nothing else."""
+    if json_path == "-":
+        print(json.dumps(result))
+        return
+    print("\n".join(lines))
+    if json_path is not None:
+        write_result(Path(json_path), json.dumps(result, indent=2) + "\n")
+        print(f"written to {json_path}", file=sys.stderr)
 
 
 def write_result(path: Path, content: str | bytes) -> None:

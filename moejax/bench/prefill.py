@@ -10,7 +10,7 @@ import jax
 
 from moejax.bench.counts import count_prefill_flops
 from moejax.bench.decode import make_prompts
-from moejax.bench.measure import Ceilings, describe_shape, describe_timing, peak_memory, time_calls
+from moejax.bench.measure import Ceilings, describe_rates, describe_shape, peak_memory, time_calls
 from moejax.bench.output import Output, report
 from moejax.bench.shape import PEER_BATCH, PEER_PROMPT, PEER_SHAPE, SHAPE_FIELDS, hold_to_peer_shape
 from moejax.config import ModelConfig, UserError
@@ -66,19 +66,14 @@ def run(arguments: Arguments) -> None:
     rows = []
     for (batch, length), function in functions.items():
         timings = time_calls({"prefill": function, **ceilings.functions}, arguments.repeats)
-        reached, timing = ceilings.results(timings), timings["prefill"]
+        timing = timings["prefill"]
         flops = count_prefill_flops(arguments.model, batch, length)
         rows.append(
             {
                 "name": f"{batch} x {length}",
                 "batch_size": batch,
                 "prompt_length": length,
-                "tokens_per_second": batch * length / timing.median,
-                "flops_per_second": flops / timing.median,
-                "fraction_of_ceiling": flops / timing.median / reached["ceiling_flops_per_second"],
-                "bound": "flops",
-                **reached,
-                **describe_timing(timing),
+                **describe_rates(timing, ceilings.results(timings), batch * length, flops),
                 "flops": flops,
                 "compile_seconds": compiling[batch, length] - timing.median,
             }

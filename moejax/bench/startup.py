@@ -11,13 +11,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moejax.bench import train
 from moejax.bench.measure import describe_shape, describe_timing, summarise_seconds
-from moejax.bench.output import Output, report
-from moejax.bench.shape import PEER_BATCH, PEER_SHAPE, SHAPE_FIELDS, hold_to_peer_shape
-from moejax.config import DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
+from moejax.bench.output import report
+from moejax.bench.shape import PEER_BATCH, SHAPE_FIELDS, hold_to_peer_shape
+from moejax.config import DataConfig, RunConfig, TrainConfig, UserError
+from moejax.training.hardware import read_status
 
 STEPS = 3  # taken by each run: the first step's memory is not the most
 LONGEST = 600.0  # seconds that a run may take
@@ -27,14 +29,10 @@ COLUMNS = ("seconds", "seconds_lowest", "seconds_highest", "peak_resident_bytes"
 
 
 @dataclass(frozen=True)
-class Arguments(Output):
+class Arguments(train.Arguments):
     """Times the way from the command to the first step."""
 
-    model: ModelConfig = field(default_factory=lambda: PEER_SHAPE)
-    batch_size: int = PEER_BATCH[0]
-    sequence_length: int = PEER_BATCH[1]
     repeats: int = 3
-    peer_shape: bool = False  # the default shape, said aloud: no size may be another
 
 
 @dataclass(frozen=True)
@@ -144,15 +142,6 @@ def _watch(process: subprocess.Popen, metrics: Path, started: float) -> Iterator
     """(rows of metrics.jsonl, peak resident bytes so far), again and again until the process ends or takes too long."""
     while process.poll() is None and time.perf_counter() - started < LONGEST:
         rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        yield rows, read_peak(process.pid)
+        yield rows, read_status(process.pid, "VmHWM") or 0
         time.sleep(POLLED_EVERY)
     yield (metrics.read_bytes().count(b"\n") if metrics.exists() else 0), 0
-
-
-def read_peak(process: int) -> int:
-    """The largest resident set so far of a process, in bytes; 0 where the system does not tell, or the process has ended."""
-    try:
-        with open(f"/proc/{process}/status") as file:
-            return next((1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:")), 0)
-    except (FileNotFoundError, ProcessLookupError):
-        return 0

@@ -6,7 +6,6 @@ from each device the part of the weights that the mesh says.
 """
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -22,6 +21,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from moejax.bench.measure import describe_machine
+from moejax.bench.output import deliver, require_place
 from moejax.config import ModelConfig, TrainConfig, UserError
 
 # Of all sizes here only the experts' width has a factor 5: an array with that factor is made of their weights.
@@ -75,17 +75,12 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Compiles, checks and reports. Ends with exit status 1 where a check fails."""
+    if arguments.json not in (None, "-"):
+        require_place(str(arguments.json), "--json")
     devices = topology_devices(arguments.topology)
     results = {name: compile_program(PROGRAMS[name], devices) for name in arguments.programs}
     result = {"benchmark": "tpu_compile", "topology": arguments.topology, "programs": results, **describe_machine()}
-    if arguments.json == "-":
-        print(json.dumps(result))
-    else:
-        _print_table(arguments.topology, results)
-        if arguments.json is not None:
-            with open(arguments.json, "w") as file:
-                json.dump(result, file, indent=2)
-            print(f"written to {arguments.json}", file=sys.stderr)
+    deliver(result, _table(arguments.topology, results), arguments.json)
     if any(found["failures"] for found in results.values()):
         raise SystemExit(1)
 
@@ -239,16 +234,15 @@ def captured_stderr() -> Iterator[list[str]]:
             messages.append(file.read())
 
 
-def _print_table(topology: str, results: dict[str, dict[str, Any]]) -> None:
-    print(f"one training step compiled for {topology}, not run; bytes are of one device")
-    print(f"{'program':<10}{'mesh':<34}{'seconds':>8}{'arguments':>13}{'temporary':>13}{'state / whole':>15}  collectives in the text")
+def _table(topology: str, results: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [f"one training step compiled for {topology}, not run; bytes are of one device"]
+    lines += [f"{'program':<10}{'mesh':<34}{'seconds':>8}{'arguments':>13}{'temporary':>13}{'state / whole':>15}  collectives in the text"]
     for name, found in results.items():
         mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
         share = found["state_bytes_per_device"] / found["state_bytes_whole"]
         collectives = ", ".join(f"{kind} {count}" for kind, count in found["collectives"].items())
-        print(
+        lines += [
             f"{name:<10}{mesh:<34}{found['compile_seconds']:>8.0f}{found['argument_bytes']:>13,}{found['temporary_bytes']:>13,}{share:>15.3f}"
             f"  {collectives}"
-        )
-    for name, found in results.items():
-        print(*(f"FAILED {name}: {failure}" for failure in found["failures"]), sep="\n", end="\n" if found["failures"] else "")
+        ]
+    return lines + [f"FAILED {name}: {failure}" for name, found in results.items() for failure in found["failures"]]

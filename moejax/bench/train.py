@@ -13,8 +13,8 @@ import numpy as np
 from moejax.bench.measure import (
     Ceilings,
     compile_program,
+    describe_rates,
     describe_shape,
-    describe_timing,
     peak_memory,
     temporary_bytes,
     time_calls,
@@ -83,15 +83,9 @@ def run(arguments: Arguments) -> None:
     memory = peak_memory()  # before the ceilings take theirs
     ceilings = Ceilings(config.dtype)
     timings = time_calls({"step": step.run, **ceilings.functions}, arguments.repeats)
-    flops, reached = count_flops(config, rows, length), ceilings.results(timings)
-    rate = flops / timings["step"].median
+    flops = count_flops(config, rows, length)
     result = {
-        "tokens_per_second": rows * length / timings["step"].median,
-        "flops_per_second": rate,
-        "fraction_of_ceiling": rate / reached["ceiling_flops_per_second"],
-        "bound": "flops",
-        **reached,
-        **describe_timing(timings["step"]),
+        **describe_rates(timings["step"], ceilings.results(timings), rows * length, flops),
         "compile_seconds": step.compile_seconds,
         "temporary_bytes": step.temporary_bytes,
         **memory,

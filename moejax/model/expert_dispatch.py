@@ -10,7 +10,6 @@ auto is sorted, gather or ragged, whichever moves the fewest bytes. Only capacit
 """
 
 import functools
-import sys
 from typing import Any, Literal, cast
 
 import flax.struct
@@ -25,6 +24,7 @@ from moejax.ops import expert_parallel
 from moejax.ops.capacity import assign_slots, choose_experts, expert_capacity
 from moejax.ops.dispatch import apply_experts
 from moejax.ops.expert_mlp import ExpertWeights
+from moejax.ops.platforms import say_once
 from moejax.ops.routing import Routing, route
 from moejax.sharding import axis_size, partition_spec
 
@@ -172,7 +172,6 @@ def choose_dispatch(config: ModelConfig, mesh: Mesh | None, shape: tuple[int, ..
     return _choose(experts, rows, config.experts_per_token, config.hidden_size, mesh.devices.flat[0].platform)
 
 
-@functools.cache
 def _choose(experts: int, rows: int, per_token: int, size: int, platform: str) -> Literal["gather", "ragged"]:
     gathered, ragged = (experts - 1) * rows * size * 2, rows * per_token * size * 2 * (experts - 1) // experts
     if rows <= FEW_ROWS:
@@ -183,6 +182,5 @@ def _choose(experts: int, rows: int, per_token: int, size: int, platform: str) -
         kind, why = "gather", f"it moves {gathered:,} elements a device and layer, ragged {ragged:,}"
     else:
         kind, why = "ragged", f"it moves {ragged:,} elements a device and layer, gather {gathered:,}"
-    if jax.process_index() == 0:
-        print(f"dispatch auto: {kind} over mesh.expert={experts}, as {why}", file=sys.stderr)
+    say_once(f"dispatch auto: {kind} over mesh.expert={experts}, as {why}")
     return kind

@@ -152,10 +152,7 @@ class Transformer(nn.Module):
         tokens = jnp.asarray(tokens)
         real = _real_tokens(mask, segments)
         tokens, real, positions, segments, router_noise, fill = self._fill_up(tokens, real, positions, segments, router_noise, cache)
-        inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill, shape[1])
-        if fill is not None:
-            visibility = dataclasses.replace(inputs.reads.visibility, num_keys=shape[1])
-            inputs = dataclasses.replace(inputs, reads=dataclasses.replace(inputs.reads, visibility=visibility))
+        inputs = self._layer_inputs(tokens, real, positions, segments, cache, fill, length=shape[1])
         x, embedding = Embed(config, self.mesh, name="embed")(tokens)
         embedded = x
         x, cache, hidden, router = self._run_layers(x, cache, inputs, router_noise, return_hidden)
@@ -231,14 +228,15 @@ class Transformer(nn.Module):
             return LayerInputs(view_rolling(cache, config, time, real), token_inputs)
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
         query_index = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None, :]
-        num_keys = time if cache is None else cache.capacity
-        key_index = jnp.broadcast_to(jnp.arange(num_keys, dtype=jnp.int32)[None, :], (batch, num_keys))
+        places = time if cache is None else cache.capacity
+        key_index = jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32)[None, :], (batch, places))
         segments = None if segments is None else jnp.asarray(segments)
         real_keys = real if cache is None else None  # in a cache, padding lies past the row's length and is never seen
         visibility = describe_visibility(
             Indices(query_index, segments),
             Indices(key_index, segments, real_keys),
             window=config.attention_window,
+            num_keys=None if fill is None else length,
             whole_rows=cache is None,
         )
         positions = query_index if positions is None else jnp.asarray(positions)

@@ -5,7 +5,7 @@ keys go by, and in the backward pass the probabilities computed again from the l
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import Array, lax
@@ -19,13 +19,6 @@ BLOCKS = (128, 256)  # queries, and keys, of a block: the larger for rows of LON
 LONG = 1024
 
 
-class Blocks(NamedTuple):
-    """Queries (or keys) cut into blocks, blocks in front: heads [n, B*K, rows, H], their indices [n, B, block]."""
-
-    heads: Array
-    indices: Indices
-
-
 def attend_blocked(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -37,10 +30,9 @@ def attend_blocked(
     batch, time, num_heads, width = query.shape
     num_kv_heads = key.shape[2]
     block = block or BLOCKS[time >= LONG]
-    queries = Blocks(_cut_heads(query, num_kv_heads, block), _cut_indices(visibility.queries, block, -1))
-    keys = Blocks(_cut_heads(key, num_kv_heads, block), _cut_indices(visibility.keys, block, FAR))
-    values = _cut_heads(value, num_kv_heads, block)
-    out = jnp.asarray(_attend(queries.heads, keys.heads, values, queries.indices, keys.indices, visibility.window))
+    heads = (_cut_heads(x, num_kv_heads, block) for x in (query, key, value))
+    queries, keys = _cut_indices(visibility.queries, block, -1), _cut_indices(visibility.keys, block, FAR)
+    out = jnp.asarray(_attend(*heads, queries, keys, visibility.window))
     out = out.reshape(out.shape[0], batch, num_kv_heads, num_heads // num_kv_heads, block, width)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, num_heads, width)[:, :time]
 
@@ -76,11 +68,10 @@ def _meet(queries: Indices, keys: Indices, window: int | None) -> Array:
     return meet
 
 
-def _dot(left: Array, right: Array, left_axis: int, right_axis: int, wide: bool = True) -> Array:
-    """Contracts one axis of each for every key head [B*K, ., .]; in float32 if `wide`."""
+def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
+    """Contracts one axis of each for every key head [B*K, ., .], in float32."""
     dimensions = (((left_axis,), (right_axis,)), ((0,), (0,)))
-    kind = jnp.float32 if wide else left.dtype
-    return lax.dot_general(left, right, dimensions, precision=precision_of(left.dtype), preferred_element_type=kind)
+    return lax.dot_general(left, right, dimensions, precision=precision_of(left.dtype), preferred_element_type=jnp.float32)
 
 
 def _scores(query: Array, key: Array, queries: Indices, keys: Indices, window: int | None) -> Array:

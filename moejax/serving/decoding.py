@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from moejax.model.cache import KVCache
+from moejax.model.cache import Cache
 from moejax.model.transformer import Transformer, head_weight
 from moejax.ops.matmul import project
 from moejax.ops.sampling import History, Sampling, sample_tokens
@@ -35,7 +35,7 @@ class Limits:
 class DecodeState:
     """What one call hands to the next; donated."""
 
-    cache: KVCache
+    cache: Cache
     tokens: Int[Array, "B"]  # the newest of each row, not in the cache yet
     generated: Int[Array, "B"]  # tokens so far, an ending one included
     alive: Bool[Array, "B"]
@@ -62,8 +62,8 @@ def score(logits: Float[Array, "*rows V"], tokens: Int[Array, "*rows"], num_top:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def prefill(
-    model: Transformer, num_top: int | None, variables: Any, tokens: Array, mask: Array, cache: KVCache
-) -> tuple[Array, KVCache, Scores | None]:
+    model: Transformer, num_top: int | None, variables: Any, tokens: Array, mask: Array, cache: Cache
+) -> tuple[Array, Cache, Scores | None]:
     """Reads prompts [B, T] (right-padded, `mask` 1 where real) into the cache.
 
     Also gives the logits, float32 [B, V], after each row's last token, and with num_top the Scores [B, T] of each position's next token.

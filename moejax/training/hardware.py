@@ -111,10 +111,17 @@ def _memory_stats(device: Any) -> dict[str, int]:
 
 def peak_resident_bytes() -> int:
     """The largest resident set of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: ru_maxrss would be the parent's where that was larger when it started us
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = read_status("self", "VmHWM")
+    if peak is not None:  # Linux: ru_maxrss would be the parent's where that was larger when it started us
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def read_status(process: int | str, field: str) -> int | None:
+    """Bytes of a field that Linux keeps of a process (or "self"), as VmHWM or RssAnon; None elsewhere, and once the process has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from moejax.checkpoint import store
 from moejax.checkpoint.manifest import DamagedCheckpoint
@@ -156,7 +157,7 @@ class Saver:
         stacked = target.params if model.scan_layers else None
         params = store.restore_params(directory, model, sharding=stacked and _list_shardings(stacked), verify=False)
         if stacked is None:
-            params = jax.tree.map(jax.device_put, unstack_layers(params, model), _list_shardings(target.params))
+            params = jax.tree.map(_place, unstack_layers(params, model), _list_shardings(target.params))
         state = rebuild(step, params, store.restore_optimizer(directory, stored_part(target), verify=False))
         placed = getattr(target.step, "sharding", None)  # as every step leaves it: another place would be another program to compile
         return state if placed is None else dataclasses.replace(state, step=jax.device_put(state.step, placed))
@@ -208,3 +209,11 @@ def _count_rows(metadata: store.Metadata) -> int:
 def _list_shardings(tree: Any) -> Any:
     """The sharding of each leaf; the first local device where a leaf has none."""
     return jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or store.first_device(), tree)
+
+
+def _place(leaf: jax.Array, sharding: Any) -> jax.Array:
+    """The leaf, whole in every process, laid out as `sharding` says; of several processes each takes the parts on its own devices."""
+    if getattr(sharding, "is_fully_addressable", True):
+        return jax.device_put(leaf, sharding)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

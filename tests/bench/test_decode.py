@@ -15,6 +15,7 @@ from moejax.config import UserError
 from tests.bench.conftest import SMALL
 
 
+@pytest.mark.slow
 def test_its_figures_hang_together(run_benchmark):
     result = run_benchmark(decode, decode.Arguments(model=SMALL, batch_sizes=(3,), prompt_length=5, new_tokens=4, repeats=2))
     assert [row["name"] for row in result["rows"]] == ["batch 3"]

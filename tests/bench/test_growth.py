@@ -34,6 +34,7 @@ def test_experts_at_fixed_active_parameters(run_benchmark):
         assert row["seconds_over_first"] == pytest.approx(row["seconds"] / first["seconds"])
 
 
+@pytest.mark.slow
 def test_axes_measured_apart_are_put_together_and_drawn(tmp_path, run_benchmark):
     earlier = tmp_path / "earlier.json"
     kept = {"name": "layers 7", "axis": "layers", "value": 7, "tokens": 8, "compile_seconds": 2.0}

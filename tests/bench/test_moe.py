@@ -40,6 +40,7 @@ def test_backward_gives_the_result_and_every_gradient():
     assert balanced.flops == 3 * 128 * EXPERT and balanced.run()[0].shape == (8, 16, 32)
 
 
+@pytest.mark.slow
 def test_a_row_for_each_kind_pass_and_number_of_tokens(run_benchmark):
     result = run_benchmark(moe, moe.Arguments(model=SMALL, tokens=(64,), dispatch=("dense",), repeats=2))
     names = [row["name"] for row in result["rows"]]

@@ -10,6 +10,7 @@ from moejax.config import UserError
 from tests.bench.conftest import SMALL
 
 
+@pytest.mark.slow
 def test_its_figures_hang_together(run_benchmark):
     result = run_benchmark(prefill, prefill.Arguments(model=SMALL, prompts=("1x9",), repeats=2))
     (row,) = result["rows"]

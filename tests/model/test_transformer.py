@@ -90,6 +90,7 @@ def test_scanned_equals_unrolled(model_and_variables):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_sorted_equals_dense(model_and_variables):
     model, variables = model_and_variables
     dense = Transformer(dataclasses.replace(model.config, dispatch="dense"))
@@ -102,7 +103,11 @@ def test_sorted_equals_dense(model_and_variables):
 
 @pytest.mark.parametrize(
     ("name", "remat"),
-    [pytest.param("mixtral", "full", marks=pytest.mark.slow), ("arctic", "dots"), ("arctic, every second layer, a layer over", "full")],
+    [
+        pytest.param("mixtral", "full", marks=pytest.mark.slow),
+        pytest.param("arctic", "dots", marks=pytest.mark.slow),
+        ("arctic, every second layer, a layer over", "full"),
+    ],
 )
 def test_recomputing_changes_no_gradient(name, remat):
     model = Transformer(WIRINGS[name])
@@ -176,6 +181,7 @@ def test_permuted_experts_give_the_same_output(model_and_variables):
     np.testing.assert_allclose(ours.aux_loss, expected.aux_loss, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_labels_below_zero_do_not_count(model_and_variables):
     model, variables = model_and_variables
     tokens = tokens_of(model.config)

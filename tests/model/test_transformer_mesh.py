@@ -88,7 +88,10 @@ def check(family, mesh_name, kind, rows=8, length=16):
     assert_close(value_and_gradients(config, mesh, params, batch(rows, length)), on_one_device(family, rows, length))
 
 
-@pytest.mark.parametrize(("mesh_name", "kind"), [("data 2, fsdp 2, expert 2", "ragged"), ("expert 2, context 2, tensor 2", "gather")])
+@pytest.mark.parametrize(
+    ("mesh_name", "kind"),
+    [pytest.param("data 2, fsdp 2, expert 2", "ragged", marks=pytest.mark.slow), ("expert 2, context 2, tensor 2", "gather")],
+)
 def test_a_mesh_changes_nothing(mesh_name, kind):
     check("arctic", mesh_name, kind)
 

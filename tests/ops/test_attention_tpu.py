@@ -24,7 +24,7 @@ REAL = np.arange(TIME)[None, :] < np.array([[TIME], [100]])
 
 @pytest.mark.parametrize(
     ("window", "real", "segments", "width"),
-    [(70, None, SEGMENTS, 64), pytest.param(None, REAL, None, 128, marks=pytest.mark.slow)],
+    [pytest.param(70, None, SEGMENTS, 64, marks=pytest.mark.slow), pytest.param(None, REAL, None, 128, marks=pytest.mark.slow)],
 )
 def test_values_and_gradients_are_the_references(window, real, segments, width):
     query, key, value, cotangent = make(width)

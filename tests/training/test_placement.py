@@ -41,6 +41,7 @@ def train(mesh, optimizer, rows=8, parts=1, **model):
     return state, losses
 
 
+@pytest.mark.slow
 def assert_same(ours, expected):
     assert ours[1] == pytest.approx(expected[1], abs=2e-5)
     for left, right in zip(jax.tree.leaves(ours[0]), jax.tree.leaves(expected[0]), strict=True):
