@@ -26,6 +26,7 @@ from moejax.serving.generation import Generation, Row
 from moejax.serving.stopping import StoppingDecoder
 
 BUCKET = 64  # prompt lengths and cache capacities are rounded up to multiples of this, unless an engine is given another
+SHORTEST = 16  # prompt lengths below a bucket no larger than that are rounded up to powers of two from here on
 CHUNK = 512  # tokens of each prompt that one call reads at most
 UNROLLED_LAYERS = 16  # on CPU, models of up to as many layers are decoded with their layers unrolled
 _SECONDS_A_CALL = 0.2  # how long text may stay away, and Ctrl-C wait, while a call makes several tokens
@@ -151,7 +152,9 @@ class Engine:
 
     def shapes(self, prompt_lengths: Sequence[int], new_tokens: Sequence[int]) -> tuple[int, int, int]:
         """(rows, prompt positions a call, cache capacity) that a batch is rounded up to: what its programs are compiled for."""
-        width = min(round_up(max(prompt_lengths), self.bucket), self.chunk)
+        longest = max(prompt_lengths)
+        short = max(SHORTEST, 1 << (longest - 1).bit_length())
+        width = short if short < self.bucket <= BUCKET else min(round_up(longest, self.bucket), self.chunk)
         capacity = 0  # of a cache that forgets, whose own sizes count
         if self.cache.kind == "full":
             capacity = round_up(max(length + new for length, new in zip(prompt_lengths, new_tokens, strict=True)), self.bucket)

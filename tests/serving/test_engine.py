@@ -236,12 +236,17 @@ def test_sizes_are_rounded_up_to_few():
     sizes = {round_up(number, 64) for number in range(1, 32_769)}
     assert all(number <= round_up(number, 64) <= max(number * 1.25, number + 63) for number in range(1, 5000))
     assert len(sizes) == 8 + 4 * 6
-    assert Engine(MODEL, VARIABLES).shapes([3, 70, 9], [100, 1, 0]) == (4, 128, 128)
+    engine = Engine(MODEL, VARIABLES)
+    assert engine.shapes([3, 70, 9], [100, 1, 0]) == (4, 128, 128)
+    assert [engine.shapes([length], [1])[1] for length in (1, 16, 17, 33, 65, 5000)] == [16, 16, 32, 64, 128, 512]
+    assert Engine(MODEL, VARIABLES, bucket=256).shapes([3], [1]) == (1, 256, 256)
+    assert Engine(MODEL, VARIABLES, cache=CacheConfig("sinks")).shapes([3, 70], [9, 9]) == (2, 128, 0)
 
 
 def test_shapes_compile_once_per_bucket():
     engine = Engine(Transformer(dataclasses.replace(CONFIG, max_length=4095)), VARIABLES)
-    engine.generate([[1, 2, 3]], GenerationSettings(4, ignore_eos=True))
+    for prompt in ([1, 2, 3], [1] * 20, [1] * 50):
+        engine.generate([prompt], GenerationSettings(4, ignore_eos=True))
     compiled = [program._cache_size() for program in PROGRAMS]
     for length in (1, 7, 20, 40):
         settings = GenerationSettings(5 + length % 3, temperature=length % 2, top_k=length, top_p=0.9, seed=length, ignore_eos=True)
