@@ -209,6 +209,24 @@ def test_a_file_of_prompts_is_answered_line_by_line(run, place, environment, tmp
     assert "2/2 prompts, 15 tokens" in result.stderr
 
 
+def test_a_text_without_end_ends_with_ctrl_c(run, place, environment):
+    """It goes past its cache of 20 tokens, and past the model's positions."""
+    flags = "--checkpoint runs/straight --stream-forever --cache.kind sinks --cache.window 16 --prompt the".split()
+    command = [sys.executable, SAMPLE, *flags]
+    process = subprocess.Popen(command, cwd=place, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    text = b""
+    while len(text) < 10_000:
+        piece = process.stdout.read1()
+        assert piece, process.communicate()
+        text += piece
+    process.send_signal(signal.SIGINT)
+    rest, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert text.startswith(b"the") and (text + rest).endswith(b"\n")
+    assert b"tokens/s" in told and b"Traceback" not in told
+
+
 def test_the_newest_run_is_sampled_from(run, place, environment, tmp_path):
     shutil.copytree(place / "runs" / "straight", tmp_path / "runs" / "older")
     shutil.copytree(place / "runs" / "straight", tmp_path / "runs" / "newer")
@@ -365,6 +383,9 @@ SAMPLE_ARGUMENTS = {
     "unknown flag": (["--promt", "x"], ("--promt", "--prompt")),
     "negative temperature": (["--temperature", "-1"], ("temperature=-1",)),
     "a bias that is none": (["--logit-bias", "5=1"], ("--logit-bias 5=1", "ID:VALUE")),
+    "a cache that never forgets": (["--stream-forever"], ("--stream-forever needs a cache that forgets", "add --cache.kind sinks")),
+    "a conversation without end": (["--stream-forever", "--chat"], ("--stream-forever excludes --chat",)),
+    "a window of a full cache": (["--cache.window", "5"], ("cache.window=5 says nothing to cache.kind='full'",)),
     "prompts without out": (["--prompts", "in.jsonl"], ("--prompts and --out belong together",)),
     "logprobs of one prompt": (["--logprobs", "2"], ("--logprobs", "add --prompts and --out")),
     "a bad line": (
