@@ -4,8 +4,8 @@
 
 3,020,416 parameters, 1,840,768 of them met by a token: 4 layers of 8 experts, top-2, beside a dense residual. 600 steps of 4 x 256
 tokens in three stages, from mostly prose towards code and generated SQL (`--data-plan` shows them), evaluated by domain every 50 steps.
-Expect 3 to 4 minutes on two quiet cores and, at the end, on up to 50 kB of held-out text a domain, about 1.88 bits per byte of prose, 1.69
-of code and 0.60 of SQL, where gzip -9 needs 2.36, 1.88 and 1.44. curriculum.png shows the way there.
+Expect about 3 minutes on two quiet cores and, at the end, on up to 50 kB of held-out text a domain, about 1.88 bits per byte of prose, 1.70
+of code and 0.61 of SQL, where gzip -9 needs 2.36, 1.88 and 1.44. curriculum.png shows the way there.
 """
 
 from moejax.config import DataConfig, Domain, ModelConfig, RunConfig, SampleConfig, Stage, TrainConfig
