@@ -209,6 +209,7 @@ def test_a_file_of_prompts_is_answered_line_by_line(run, place, environment, tmp
     assert "2/2 prompts, 15 tokens" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_text_without_end_ends_with_ctrl_c(run, place, environment):
     """It goes past its cache of 20 tokens, and past the model's positions."""
     flags = "--checkpoint runs/straight --stream-forever --cache.kind sinks --cache.window 16 --prompt the".split()

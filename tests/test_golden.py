@@ -106,8 +106,14 @@ def test_greedy_continuations(case):
     prompts = greedy_prompts(reference)
     expected = reference.expected["greedy_tokens"]
     assert moejax.generate(model, variables, None, prompts, max_new_tokens=expected.shape[1], ignore_eos=True) == expected.tolist()
-    alone = moejax.generate(model, variables, None, prompts[-1], max_new_tokens=expected.shape[1], ignore_eos=True)
-    assert alone == expected[-1].tolist()
+
+
+@pytest.mark.slow
+def test_greedy_continuations_alone(case):
+    reference, model, variables = case
+    expected = reference.expected["greedy_tokens"]
+    for prompt, tokens in zip(greedy_prompts(reference), expected.tolist(), strict=True):
+        assert moejax.generate(model, variables, None, prompt, max_new_tokens=expected.shape[1], ignore_eos=True) == tokens
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ def test_nothing_asked_for_gives_nothing():
     assert moejax.generate(MODEL, VARIABLES, None, []) == []
 
 
+@pytest.mark.slow
 def test_rows_have_settings_and_ends_of_their_own():
     """In any company: the same rows alone, together, and in another order."""
     rows = [
@@ -88,6 +89,7 @@ def test_rows_have_settings_and_ends_of_their_own():
         assert engine.complete([prompt], [settings]) == [made]
 
 
+@pytest.mark.slow
 def test_penalties_count_what_was_generated():
     settings = GenerationSettings(8, frequency_penalty=0.7, presence_penalty=0.4, repetition_penalty=1.3, ignore_eos=True)
     made = Engine(MODEL, VARIABLES).generate([PROMPTS[2]], settings)[0]
@@ -121,12 +123,14 @@ def test_log_probabilities_are_the_full_forward_s():
             assert [value for _, value in score.top] == pytest.approx(exact[place, order].tolist(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_only_the_prompt_s_log_probabilities():
     (made,) = Engine(MODEL, VARIABLES).complete([PROMPTS[2]], GenerationSettings(0, prompt_logprobs=0))
     assert (made.tokens, made.finish_reason, len(made.prompt_logprobs)) == ([], "length", 6)
     assert made.prompt_logprobs[1].top == ()
 
 
+@pytest.mark.slow
 def test_prompts_longer_than_a_chunk_are_read_in_chunks():
     """Log-probabilities and routing of the prompt come together again, too."""
     settings = GenerationSettings(3, prompt_logprobs=1, ignore_eos=True)
@@ -168,6 +172,7 @@ def test_a_cache_that_forgets_says_the_same_until_it_does(cache):
         assert engine.generate([prompt], settings) == [row], "no other program's sizes, and no row's, change what is seen"
 
 
+@pytest.mark.slow
 def test_int8_keeps_what_greedy_decoding_says_nearly():
     settings = GenerationSettings(8, logprobs=0, ignore_eos=True)
     exact = Engine(MODEL, VARIABLES).complete(PROMPTS, settings)

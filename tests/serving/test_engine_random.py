@@ -7,6 +7,7 @@ import jax
 import pytest
 
 import moejax
+from moejax.cache_config import CacheConfig
 from moejax.config import ModelConfig, UserError
 from moejax.data.text import train_tokenizer
 from moejax.model.prefill import _read_chunk
@@ -33,7 +34,7 @@ MISTAKES = [
 def make_prompt(rng, texts):
     if texts:
         return rng.choice(["a token", "router", "the expert sends it", "é"])
-    return [rng.randrange(300) for _ in range(rng.choice([1, 2, 9, 30, 63, 64, 90]))]
+    return [rng.randrange(300) for _ in range(rng.choice([1, 2, 9, 30, 63, 64, 90, 130]))]
 
 
 def make_options(rng, rows, plain):
@@ -81,12 +82,14 @@ def run_requests(seed, count):
     rng = random.Random(seed)
     programs = (_read_chunk, choose_first, decode)
     before = sum(program._cache_size() for program in programs)
-    engine, kinds = Engine(MODEL, VARIABLES), set()
+    engines, kinds = [Engine(MODEL, VARIABLES, cache=cache) for cache in (CacheConfig(), CacheConfig("sinks", 2, 30))], set()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "prompt .* go past the 100 positions")
         for _ in range(count):
             texts, rows, plain = rng.random() < 0.3, rng.choice([1, 1, 3, 4]), rng.random() < 0.5
             prompts, options = [make_prompt(rng, texts) for _ in range(rows)], make_options(rng, rows, plain)
+            engine = rng.choice(engines) if plain else engines[0]
+            options["cache"] = engine.cache
             if rng.random() < 0.3:
                 named = spoil(rng, prompts, options)
                 with pytest.raises(UserError) as error:
@@ -101,7 +104,7 @@ def run_requests(seed, count):
                 assert row.logprobs is None or [score.token for score in row.logprobs] == row.tokens
             if most:
                 lengths = [len(TOKENIZER.encode(prompt) if texts else prompt) for prompt in prompts]
-                kinds.add((*engine.shapes(lengths, [most] * rows), plain))
+                kinds.add((*engine.shapes(lengths, [most] * rows), plain, engine.cache.kind))
     compiled = sum(program._cache_size() for program in programs) - before
     assert compiled <= len(programs) * len(kinds), f"{compiled} programs for {len(kinds)} kinds of batches"
 
