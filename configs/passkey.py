@@ -1,10 +1,18 @@
-"""A small Arctic-style hybrid that finds a number in filler."""
+"""A small Arctic-style hybrid that finds a number in filler: what the longer texts of docs/inference.md are measured with.
+
+    python train.py configs/passkey.py
+    python -m moejax.evals passkey --checkpoint runs/passkey --lengths 128 256 512 1024 --scalings none linear:4 dynamic:4 yarn:4
+
+1,018,624 parameters, 723,712 met by a token: 3 layers of 4 experts, top-2, beside a dense residual. 700 steps of 8 x 256 tokens, 3 to 4
+minutes on two cores. Its text is generated (`moejax/data/passkey.py`): a number of five different digits in filler, asked for three
+times. For 200 steps the model learns the sentences and guesses digits; by step 400 it copies them.
+"""
 
 from moejax.config import DataConfig, Domain, ModelConfig, RunConfig, SampleConfig, TrainConfig
 
 
 def config() -> RunConfig:
-    """The run."""
+    """The run: 3 layers of 4 experts beside a dense residual, short rows of generated text."""
     return RunConfig(
         name="passkey",
         model=ModelConfig(
@@ -19,7 +27,7 @@ def config() -> RunConfig:
             experts_per_token=2,
             max_length=256,
             residual_mlp=True,
-            scan_layers=False,
+            scan_layers=False,  # three layers compile quickly one by one
         ),
         data=DataConfig(domains=(Domain("passkey", "builtin:passkey", max_megabytes=4.0),), sequence_length=256),
         train=TrainConfig(
