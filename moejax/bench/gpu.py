@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
+from moejax.bench import PROGRAM
 from moejax.bench.gpu_items import ITEMS, Sizes, attempt
-from moejax.bench.measure import describe_machine
-from moejax.bench.output import deliver, require_place
 from moejax.config import UserError
+from moejax.results import deliver, describe_machine, require_place
 
 LARGEST_ERROR = 0.02  # of a kernel in bfloat16 against its reference in float32, relative to the largest entry
 
@@ -70,7 +70,7 @@ def _fill(rows: list[dict[str, Any]], found: Any, until: float) -> dict[str, Any
 
 def report(results: dict[str, list[dict[str, Any]]], json_path: str | None) -> None:
     """The result as tables; with a path, as JSON there too; with `-`, as JSON on stdout and nothing else."""
-    machine = describe_machine()
+    machine = describe_machine(PROGRAM)
     lines = [", ".join(f"{key} {value}" for key, value in machine.items())]
     for name, rows in results.items():
         lines += ["", name, *(f"  {_line(row)}" for row in rows)]

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from moejax.bench.measure import Ceilings, describe_rates, describe_shape, time_calls
-from moejax.bench.output import Output, read_result, report, require_place
+from moejax.bench.output import Output, read_result, report
 from moejax.bench.shape import LAYER_FIELDS, PEER_SHAPE, SHAPE_FIELDS
 from moejax.config import ModelConfig, UserError
+from moejax.figures import check_figure
 
 AXES = ("experts", "sequence", "batch", "layers")
 COLUMNS = (
@@ -53,14 +54,11 @@ class Arguments(Output):
                 raise UserError(f"{axis}={sizes}; expected one size or more, each above 0")
         if not self.axes and not self.join:
             raise UserError(f"axes is empty, and so is join; name some of {', '.join(AXES)}")
-        if self.figure is not None and Path(self.figure).suffix not in (".svg", ".png"):
-            raise UserError(f"figure={self.figure!r}; expected a file that ends in .svg or .png")
+        check_figure(self.figure)
 
 
 def run(arguments: Arguments) -> None:
     """Measures, reports and draws."""
-    if arguments.figure is not None:
-        require_place(arguments.figure, "--figure")
     rows = []
     for file in arguments.join:
         rows += [row for row in read_result("growth", file, "--join").get("rows", []) if row.get("axis") not in arguments.axes]

@@ -1,13 +1,10 @@
 """The figure of the `growth` benchmark: one panel an axis, drawn from the rows of its JSON."""
 
-import io
-import logging
 from pathlib import Path
 from typing import Any
 
-from moejax.bench.output import write_result
+from moejax.figures import BLUE, ORANGE, new_figure, save_figure
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, which those who see red and green alike can tell apart
 TITLES = {
     "experts": ("one MoE layer, active parameters fixed", "experts", "milliseconds"),
     "sequence": ("training step, one row", "tokens in the row", "microseconds a token"),
@@ -18,24 +15,14 @@ TITLES = {
 
 def draw_growth(rows: list[dict[str, Any]], path: Path) -> None:
     """Writes the figure as .svg or .png, whole or not at all. Raises UserError where it cannot be written."""
-    # The first import on a machine reads all its fonts, and would tell of it on stderr.
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    import matplotlib
-    from matplotlib.figure import Figure
-
     axes_shown = [axis for axis in TITLES if any(row["axis"] == axis for row in rows)]
-    figure = Figure(figsize=(4.6 * min(len(axes_shown), 2), 3.4 * -(-len(axes_shown) // 2)), layout="constrained")
+    figure = new_figure(4.6 * min(len(axes_shown), 2), 3.4 * -(-len(axes_shown) // 2))
     panels = list(figure.subplots(-(-len(axes_shown) // 2), min(len(axes_shown), 2), squeeze=False).flat)
     for axis, panel in zip(axes_shown, panels, strict=False):
         _draw_panel(panel, axis, [row for row in rows if row["axis"] == axis])
     for panel in panels[len(axes_shown) :]:
         panel.remove()
-    drawn = io.BytesIO()
-    # Without the date and with fixed names inside, the same rows give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "moejax"}):
-        is_svg = path.suffix == ".svg"
-        figure.savefig(drawn, format=path.suffix[1:], dpi=110, metadata={"Date": None} if is_svg else None)
-    write_result(path, drawn.getvalue())
+    save_figure(figure, path)
 
 
 def _draw_panel(panel: Any, axis: str, rows: list[dict[str, Any]]) -> None:

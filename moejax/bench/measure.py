@@ -1,11 +1,7 @@
-"""How benchmarks measure: warm-up, median and spread, the machine's own ceilings in the same turns, and what machine it was."""
+"""How benchmarks measure: warm-up, median and spread, and the machine's own ceilings in the same turns."""
 
 import dataclasses
-import datetime
 import functools
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,33 +137,6 @@ def peak_memory() -> dict[str, int | None]:
 
     largest, source = hardware.peak_memory_bytes(jax.devices())
     return {"peak_resident_bytes": hardware.peak_resident_bytes(), "peak_device_bytes": largest if source == "device" else None}
-
-
-def describe_machine() -> dict[str, Any]:
-    """Device, versions, date and what else ran: what a figure is worth little without."""
-    import flax
-    import jaxlib
-
-    import moejax
-
-    return {
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.devices()[0].platform,
-        "devices": jax.device_count(),
-        "machine": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        # Pages of 2 MB for large temporaries: glibc gives 4 kB ones otherwise, and every first touch of one is a fault.
-        "large_pages": "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "").split(":"),
-        "load_average": os.getloadavg()[0],
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(["python -m moejax.bench", *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "moejax": moejax.__version__,
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "flax": flax.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def describe_shape(config: Any, names: tuple[str, ...]) -> dict[str, Any]:

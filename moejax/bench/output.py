@@ -1,15 +1,15 @@
 """What every benchmark tells, and how: a table, JSON with the same keys in each, and a comparison with an earlier JSON."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moejax.bench.measure import describe_machine, peak_memory
+from moejax.bench import PROGRAM
+from moejax.bench.measure import peak_memory
 from moejax.config import UserError
-from moejax.files import write_file
+from moejax.results import deliver, describe_machine, format_value, is_number, markdown_table, require_place
 
 # In every benchmark's JSON; null where the thing measured has no such figure. fraction_of_ceiling is that of the FLOP/s, or of the bytes/s
 # where `bound` says so. Of several rows, the first one's figures stand on top.
@@ -34,15 +34,6 @@ def check_output(name: str, output: Output) -> None:
         read_result(name, output.against, "--against")
     if output.json not in (None, "-"):
         require_place(str(output.json), "--json")
-
-
-def require_place(file: str, flag: str) -> None:
-    """Raises UserError where `file` could not be written, as far as one can see beforehand."""
-    path = Path(file)
-    if path.is_dir():
-        raise UserError(f"{flag} {file} is a directory; give a file")
-    if not path.parent.is_dir():
-        raise UserError(f"{flag} {file}: there is no directory {path.parent}; make it, or write elsewhere")
 
 
 def read_result(name: str, file: str, flag: str) -> dict[str, Any]:
@@ -72,28 +63,9 @@ def report(name: str, result: dict[str, Any], output: Output, columns: Sequence[
     earlier = None if output.against is None else read_result(name, output.against, "--against")
     rows = result.get("rows", [])
     first = {key: value for key, value in rows[0].items() if key in COMMON} if rows else {}
-    whole = {"benchmark": name, **dict.fromkeys(COMMON), **peak_memory(), **first, **result, **describe_machine()}
+    whole = {"benchmark": name, **dict.fromkeys(COMMON), **peak_memory(), **first, **result, **describe_machine(PROGRAM)}
     deliver(whole, _tell(whole, columns) if earlier is None else _compare(whole, earlier, columns), output.json)
     return whole
-
-
-def deliver(result: dict[str, Any], lines: Sequence[str], json_path: str | None) -> None:
-    """Prints the lines; with a path, writes the result as JSON there too; with `-`, prints the JSON and nothing else."""
-    if json_path == "-":
-        print(json.dumps(result))
-        return
-    print("\n".join(lines))
-    if json_path is not None:
-        write_result(Path(json_path), json.dumps(result, indent=2) + "\n")
-        print(f"written to {json_path}", file=sys.stderr)
-
-
-def write_result(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all. Raises UserError where that is not possible."""
-    try:
-        write_file(path, content)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); write elsewhere") from error
 
 
 def _tell(whole: dict[str, Any], columns: Sequence[str]) -> list[str]:
@@ -121,37 +93,6 @@ def _compare_values(label: str, key: str, now: Any, before: Any) -> str:
     if now is None and before is None:
         return ""
     ratio = ""
-    if _is_number(now) and _is_number(before) and before:
+    if is_number(now) and is_number(before) and before:
         ratio = f"{now / before:.3f}"
     return f"{label:<52}{format_value(key, now)[:22]:>24}{format_value(key, before)[:22]:>24}{ratio:>12}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def markdown_table(rows: list[dict[str, Any]], columns: Sequence[str]) -> list[str]:
-    """The rows as the lines of a Markdown table: `name`, then the columns that any row has."""
-    shown = ["name", *(column for column in columns if any(row.get(column) is not None for row in rows))]
-    cells = [shown, *([format_value(column, row.get(column)) for column in shown] for row in rows)]
-    widths = [max(len(line[place]) for line in cells) for place in range(len(shown))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-
-
-def format_value(key: str, value: Any) -> str:
-    """A value for people: fractions in percent, rates and bytes with their unit."""
-    if value is None:
-        return ""
-    if not _is_number(value):
-        return str(value)
-    if key.startswith("fraction_of"):
-        return f"{value:.1%}"
-    for ending, unit in (("flops_per_second", "GFLOP/s"), ("bytes_per_second", "GB/s")):
-        if key.endswith(ending):
-            return f"{value / 1e9:,.4g} {unit}"
-    if key.endswith("_bytes"):
-        return f"{value / 1e6:,.1f} MB"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -20,9 +20,9 @@ from typing import Any, cast
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from moejax.bench.measure import describe_machine
-from moejax.bench.output import deliver, require_place
+from moejax.bench import PROGRAM
 from moejax.config import ModelConfig, TrainConfig, UserError
+from moejax.results import deliver, describe_machine, require_place
 
 # Of all sizes here only the experts' width has a factor 5: an array with that factor is made of their weights.
 SHAPE = ModelConfig(
@@ -79,7 +79,7 @@ def run(arguments: Arguments) -> None:
         require_place(str(arguments.json), "--json")
     devices = topology_devices(arguments.topology)
     results = {name: compile_program(PROGRAMS[name], devices) for name in arguments.programs}
-    result = {"benchmark": "tpu_compile", "topology": arguments.topology, "programs": results, **describe_machine()}
+    result = {"benchmark": "tpu_compile", "topology": arguments.topology, "programs": results, **describe_machine(PROGRAM)}
     deliver(result, _table(arguments.topology, results), arguments.json)
     if any(found["failures"] for found in results.values()):
         raise SystemExit(1)

@@ -53,7 +53,7 @@ def test_a_failure_or_too_little_time_ends_its_item_alone(monkeypatch, capsys, t
 def test_a_kernel_that_is_wrong_fails_the_command(monkeypatch, capsys, error, fails):
     monkeypatch.setattr(gpu, "measure_items", lambda *_: {"check_grouped": [{"way": "moejax", "relative_error": error}, {"error": "no"}]})
     monkeypatch.setattr(gpu.jax, "devices", lambda: [type("Device", (), {"platform": "gpu", "device_kind": "H100"})()])
-    monkeypatch.setattr(gpu, "describe_machine", dict)
+    monkeypatch.setattr(gpu, "describe_machine", lambda program: {})
     if fails:
         with pytest.raises(SystemExit) as ended:
             gpu.run(Arguments())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-import pytest
 from jax import numpy as jnp
 
 from moejax.bench import measure
@@ -55,17 +54,3 @@ def test_compiling_tells_its_seconds_and_temporaries():
     compiled, seconds = measure.compile_program(function, jnp.ones(1 << 12))
     assert seconds > 0 and compiled(jnp.ones(1 << 12)).shape == ()
     assert measure.temporary_bytes(compiled) >= 4 << 12
-
-
-@pytest.mark.parametrize(
-    ("tunables", "expected"),
-    [
-        ("", False),
-        ("glibc.malloc.hugetlb=1", True),
-        ("glibc.malloc.check=1:glibc.malloc.hugetlb=1", True),
-        ("glibc.malloc.hugetlb=0", False),
-    ],
-)
-def test_large_pages_are_told(monkeypatch, tunables, expected):
-    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
-    assert measure.describe_machine()["large_pages"] is expected

@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from moejax.bench.output import COMMON, Output, check_output, format_value, markdown_table, report, write_result
+from moejax.bench.output import COMMON, Output, check_output, report
 from moejax.config import UserError
+from moejax.results import write_result
 from tests.conftest import run_command
 
 
@@ -88,28 +89,3 @@ def test_the_command_refuses_it_in_one_line(tmp_path):
     result = run_command(["python", "-m", "moejax.bench", "train", "--against", tmp_path / "other.json"])
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: --against") and len(result.stderr.splitlines()) == 1
-
-
-def test_tables_are_markdown():
-    rows = [{"name": "a", "seconds": 0.5, "fraction_of_ceiling": 0.123}, {"name": "long name", "seconds": 20.0}]
-    assert markdown_table(rows, ("seconds", "nothing", "fraction_of_ceiling")) == [
-        "| name      | seconds | fraction_of_ceiling |",
-        "|-----------|---------|---------------------|",
-        "| a         | 0.5     | 12.3%               |",
-        "| long name | 20      |                     |",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "text"),
-    [
-        ("ceiling_bytes_per_second", 2.1e10, "21 GB/s"),
-        ("peak_resident_bytes", 1_500_000, "1.5 MB"),
-        ("large_pages", True, "True"),
-        ("tokens_per_second", 12345.6, "12,346"),
-        ("seconds", 0.0123456, "0.01235"),
-        ("repeats", 12345, "12345"),
-    ],
-)
-def test_values_have_their_unit(key, value, text):
-    assert format_value(key, value) == text
