@@ -30,12 +30,12 @@ def prefill_in_chunks(
         part = np.zeros((batch, chunk), np.int32)
         part[:, : min(chunk, time - start)] = tokens[:, start : start + chunk]
         counts = np.clip(lengths - start, 0, chunk).astype(np.int32)
-        last, cache = _read_chunk(model, variables, part, counts, last, cache)
+        last, cache = read_chunk(model, variables, part, counts, last, cache)
     return _apply_head(model, variables, last), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))
-def _read_chunk(model: Transformer, variables: Any, tokens: Array, counts: Array, last: Array, cache: Any) -> tuple[Array, Any]:
+def read_chunk(model: Transformer, variables: Any, tokens: Array, counts: Array, last: Array, cache: Any) -> tuple[Array, Any]:
     """One chunk: the features of the newest token of every row, the old ones where it has none here, and the cache."""
     mask = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
     outputs = model.apply(variables, tokens, mask=mask, cache=cache, return_logits=False)
