@@ -26,6 +26,9 @@ def prefill_in_chunks(
     batch, time = tokens.shape
     shape = (batch, model.config.hidden_size)
     last = constrain(jnp.zeros(shape, model.config.dtype), model.mesh, None, None)
+    if model.mesh is None:
+        # Where the weights lie, as what comes back does: else the second chunk would be another program.
+        last, cache = jax.device_put((last, cache), jax.tree.leaves(variables)[0].sharding)
     for start in range(0, min(time, int(lengths.max(initial=0))), chunk):
         part = np.zeros((batch, chunk), np.int32)
         part[:, : min(chunk, time - start)] = tokens[:, start : start + chunk]

@@ -46,7 +46,7 @@ def read(model, variables, kind, chunk, mesh=None):
 
 @pytest.mark.parametrize("kind", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("window", "sinks"))])
 def test_chunks_are_one_pass(variables, kind):
-    model = Transformer(CONFIG)
+    model, variables = Transformer(CONFIG), jax.device_put(variables, jax.devices()[0])  # as `moejax.load` places them
     expected, before = read(model, variables, kind, 14), read_chunk._cache_size()
     np.testing.assert_allclose(read(model, variables, kind, 4), expected, atol=5e-5)
     assert read_chunk._cache_size() == before + 1, "chunks of one size are one program"
