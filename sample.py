@@ -4,6 +4,7 @@
     python sample.py --checkpoint DIR --prompt "..." ...       a run, a checkpoint, a published model's directory, or its id on the Hub
     python sample.py --checkpoint DIR --chat                   a conversation, in the model's own chat format; /help shows its commands
     python sample.py --prompts IN.jsonl --out OUT.jsonl        a file of prompts, a line for a line; goes on where it was stopped
+    python sample.py --stream-forever --cache.kind sinks       text without end, in constant memory, until Ctrl-C
 
 The text, prompt first (in a conversation the replies), goes to stdout as it is made, and nothing else does; what is loaded and how fast
 it ran goes to stderr. Lines of IN.jsonl hold "prompt", "messages" or "tokens", and any of the fields below from max_new_tokens to
@@ -17,12 +18,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from moejax.cache_config import CacheConfig
 from moejax.cli import parse, run_command
 from moejax.config import MeshConfig, UserError
 from moejax.generation_config import GenerationSettings
 from moejax.launch import prepare_process
 
 ONE_DEVICE = MeshConfig(fsdp=1)
+ENDLESS = 2**31 - 1  # tokens: what the device's counter holds
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Arguments:
     out: str | None = None  # the JSONL file that answers it
     batch_size: int = 8  # with --prompts: how many are continued side by side
     dtype: str | None = None  # float32 or bfloat16; None: the checkpoint's
+    stream_forever: bool = False  # go on until Ctrl-C, past the end of text, with a cache that forgets
+    cache: CacheConfig = field(default_factory=CacheConfig)  # what is kept of the tokens read
     chat: bool = False  # hold a conversation: a line of stdin is a message
     mesh: MeshConfig = field(default_factory=lambda: ONE_DEVICE)  # devices that share the model, as in training: --mesh.tensor 8
     chat_format: str | None = None  # mistral-v1, mistral-v3 or arctic; None: the one that came with the tokenizer
@@ -67,9 +72,12 @@ def main(argv: list[str]) -> None:
     if arguments.chat:
         from moejax.serving.chat import Conversation, converse
 
-        converse(Conversation(model, variables, tokenizer, settings), arguments.prompt)
+        converse(Conversation(model, variables, tokenizer, settings, arguments.cache), arguments.prompt)
     else:
-        sample(model, variables, tokenizer, "def read_" if arguments.prompt is None else arguments.prompt, settings)
+        from moejax.serving.engine import Engine
+
+        engine = Engine(model, variables, tokenizer=tokenizer, cache=arguments.cache)
+        sample(engine, tokenizer, "def read_" if arguments.prompt is None else arguments.prompt, settings)
 
 
 def check_combination(arguments: Arguments) -> None:
@@ -84,6 +92,10 @@ def check_combination(arguments: Arguments) -> None:
         raise UserError("--prompts excludes --prompt and --chat: the prompts are the file's; leave one out")
     if arguments.prompts is None and (arguments.logprobs, arguments.prompt_logprobs) != (None, None):
         raise UserError("--logprobs and --prompt-logprobs are written to --out; add --prompts and --out")
+    if arguments.stream_forever and (arguments.chat or arguments.prompts is not None):
+        raise UserError("--stream-forever excludes --chat and --prompts: it never comes to the end of one text; leave one out")
+    if arguments.stream_forever and arguments.cache.kind == "full":
+        raise UserError("--stream-forever needs a cache that forgets, --cache.kind full keeps every token; add --cache.kind sinks")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size} must be at least 1")
 
@@ -98,6 +110,8 @@ def make_settings(arguments: Arguments) -> GenerationSettings:
         except ValueError:
             raise UserError(f"--logit-bias {text}: expected ID:VALUE, as 17:-2.5") from None
     values = {item.name: getattr(arguments, item.name) for item in fields(GenerationSettings)}
+    if arguments.stream_forever:
+        values |= {"max_new_tokens": ENDLESS, "ignore_eos": True}
     return GenerationSettings(**{**values, "logit_bias": bias})
 
 
@@ -105,7 +119,8 @@ def complete_prompts(path: Path, prompts: Path, out: Path, arguments: Arguments,
     """Continues a file of prompts. Raises UserError for a bad line before anything is loaded."""
     from moejax.serving.prompt_file import complete_file, count_answered, read_requests
 
-    requests = read_requests(prompts, settings, str(path))
+    model_name = str(path) if arguments.cache == CacheConfig() else f"{path} {arguments.cache}"  # what makes the answers what they are
+    requests = read_requests(prompts, settings, model_name)
     if count_answered(out, requests) == len(requests):
         return note(f"{out}: all {len(requests)} are answered already")
 
@@ -116,7 +131,8 @@ def complete_prompts(path: Path, prompts: Path, out: Path, arguments: Arguments,
     model, variables, tokenizer = load(path, arguments, check)
     from moejax.serving.engine import Engine
 
-    complete_file(Engine(model, variables, tokenizer=tokenizer), tokenizer, requests, out, arguments.batch_size, note)
+    engine = Engine(model, variables, tokenizer=tokenizer, cache=arguments.cache)
+    complete_file(engine, tokenizer, requests, out, arguments.batch_size, note)
 
 
 def newest_run(runs: Path) -> Path:
@@ -173,19 +189,20 @@ def choose_tokenizer(path: Path, tokenizer: Any, arguments: Arguments) -> Any:
     return tokenizer
 
 
-def sample(model: Any, variables: Any, tokenizer: Any, prompt: str, settings: GenerationSettings) -> None:
-    """Streams the prompt and its continuation to stdout."""
-    from moejax.serving.engine import Engine
-
+def sample(engine: Any, tokenizer: Any, prompt: str, settings: GenerationSettings) -> None:
+    """Streams the prompt and its continuation to stdout. Ctrl-C ends a text without end as a limit would, and any other one as ever."""
     sys.stdout.write(prompt)
     sys.stdout.flush()
-    started, first, count, shown = time.perf_counter(), 0.0, 0, 0
-    for (made,) in Engine(model, variables, tokenizer=tokenizer).follow([tokenizer.encode(prompt)], settings):
-        first = first or time.perf_counter()
-        count = len(made.tokens)
-        sys.stdout.write(made.text[shown:])
-        sys.stdout.flush()
-        shown = len(made.text)
+    started, first, count = time.perf_counter(), 0.0, 0
+    try:
+        for (made,) in engine.follow([tokenizer.encode(prompt)], settings):
+            first = first or time.perf_counter()
+            count += len(made.tokens)
+            sys.stdout.write(made.take())
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if settings.max_new_tokens != ENDLESS:
+            raise
     sys.stdout.write("\n")
     if count > 1:
         rate = (count - 1) / (time.perf_counter() - first)

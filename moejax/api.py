@@ -10,6 +10,7 @@ import jax
 from jax import numpy as jnp
 from jax.sharding import Mesh
 
+from moejax.cache_config import CacheConfig
 from moejax.config import ModelConfig, UserError
 from moejax.families.layout import flatten_leaves
 from moejax.generation_config import settings_per_row
@@ -133,6 +134,8 @@ def generate(
     top_p: Any = 1.0,
     seed: Any = 0,
     return_details: bool = False,
+    return_routing: bool = False,
+    cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen
     **options: Any,
 ) -> Any:
     """Continues prompts: a text or a list of texts gives a text or a list of texts (the new part alone); a list of token ids,
@@ -144,9 +147,12 @@ def generate(
     `moejax.generation_config.GenerationSettings`. Each is one value for all prompts or a list with one per prompt; of one seed, row i
     draws with seed + i. A row's continuation does not depend on the rows beside it.
 
-    return_details gives `moejax.serving.engine.Generation`s instead: .tokens, .text, .finish_reason ("stop" or "length"), .logprobs,
-    .prompt_logprobs. Raises UserError, naming field and row, for options that make no sense, texts without a tokenizer, an empty prompt
-    and a token outside the vocabulary.
+    return_details gives `moejax.serving.generation.Generation`s instead: .tokens, .text, .finish_reason ("stop" or "length"), .logprobs,
+    .prompt_logprobs, and with return_routing .routing: experts and weights [tokens, MoE layers, A] of all tokens that the model read.
+    cache: what is kept of the tokens read, as CacheConfig("sinks", sinks=4, window=1020); the default keeps all.
+
+    For more than a call or two make a `moejax.serving.engine.Engine`, which prepares the weights once. Raises UserError, naming field and
+    row, for options that make no sense, texts without a tokenizer, an empty prompt and a token outside the vocabulary.
     """
     single = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__"))
     batch = [prompts] if single else list(prompts)
@@ -158,8 +164,10 @@ def generate(
     asks_scores = [one.logprobs is not None or one.prompt_logprobs is not None for one in settings]
     if any(asks_scores) and not return_details:
         raise UserError("logprobs and prompt_logprobs are part of the details; add return_details=True")
+    if return_routing and not return_details:
+        raise UserError("return_routing=True is part of the details; add return_details=True")
     ids = [tokenizer.encode(p) if is_text else [int(t) for t in p] for p, is_text in zip(batch, as_text, strict=True)]
-    generations = Engine(model, variables, tokenizer=tokenizer).complete(ids, settings)
+    generations = Engine(model, variables, tokenizer=tokenizer, cache=cache).complete(ids, settings, return_routing)
     plain = [made.text if is_text else made.tokens for made, is_text in zip(generations, as_text, strict=True)]
     results = generations if return_details else plain
     return results[0] if single else results

@@ -3,13 +3,18 @@
 Logits and hidden states where the mask is 1; router decisions exactly; losses; gradients; greedy continuations exactly.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
 
 import moejax
+from moejax.cache_config import CacheConfig
+from moejax.generation_config import GenerationSettings
 from moejax.ops.routing import load_balance_loss, router_statistics
+from moejax.serving.engine import Engine
 from tests.conftest import check_gradients, greedy_prompts
 
 CASES = [
@@ -103,3 +108,18 @@ def test_greedy_continuations(case):
     assert moejax.generate(model, variables, None, prompts, max_new_tokens=expected.shape[1], ignore_eos=True) == expected.tolist()
     alone = moejax.generate(model, variables, None, prompts[-1], max_new_tokens=expected.shape[1], ignore_eos=True)
     assert alone == expected[-1].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cache", "chunk"), [(CacheConfig(), 3), (CacheConfig("window"), 512), (CacheConfig("sinks"), 3)], ids=["chunks", "window", "sinks"]
+)
+def test_greedy_continuations_from_every_cache(case, cache, chunk):
+    """Prompts in chunks; the caches that forget, while they need not yet: the window is the model's own, or as long as the texts."""
+    reference, model, variables = case
+    prompts, expected = greedy_prompts(reference), reference.expected["greedy_tokens"]
+    longest = max(map(len, prompts)) + expected.shape[1]
+    if cache.kind == "sinks" or (cache.kind == "window" and model.config.attention_window is None):
+        cache = dataclasses.replace(cache, window=longest)
+    made = Engine(model, variables, cache=cache, chunk=chunk).generate(prompts, GenerationSettings(expected.shape[1], ignore_eos=True))
+    assert made == expected.tolist()

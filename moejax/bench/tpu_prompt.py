@@ -89,7 +89,7 @@ def compile_chunk(config: ModelConfig, mesh: Mesh, arguments: Arguments, chunk: 
     started = time.perf_counter()
     try:
         with captured_stderr():
-            compiled = read_chunk.lower(Transformer(config, mesh), *inputs).compile()
+            compiled = read_chunk.lower(Transformer(config, mesh), False, False, *inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -112,7 +112,8 @@ def abstract_inputs(config: ModelConfig, mesh: Mesh, arguments: Arguments, chunk
     """Shapes and shardings of what `read_chunk` takes behind the model: variables, tokens, counts, features, cache."""
     from jax import numpy as jnp
 
-    from moejax.model import cache as caches
+    from moejax.model.cache import create_cache
+    from moejax.model.cache_storage import AXES
     from moejax.model.partition import parameter_shardings
     from moejax.model.transformer import abstract_parameters
     from moejax.sharding import partition_spec
@@ -126,9 +127,10 @@ def abstract_inputs(config: ModelConfig, mesh: Mesh, arguments: Arguments, chunk
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
 
     params = jax.tree.map(place, abstract_parameters(config), parameter_shardings(config, mesh))
-    cache = jax.eval_shape(lambda: caches.create_cache(config, arguments.rows, arguments.length))
-    keys = NamedSharding(mesh, partition_spec(caches.AXES, cache.keys.shape, mesh))
-    cache = jax.tree.map(lambda leaf: place(leaf, keys if leaf.ndim == cache.keys.ndim else whole), cache)
+    cache = jax.tree.map(
+        lambda leaf: place(leaf, NamedSharding(mesh, partition_spec(AXES[: leaf.ndim], leaf.shape, mesh)) if leaf.ndim > 1 else whole),
+        jax.eval_shape(lambda: create_cache(config, arguments.rows, arguments.length)),
+    )
     rows = arguments.rows
     return {"params": params}, shape(rows, chunk), shape(rows), shape(rows, config.hidden_size, dtype=config.dtype), cache
 

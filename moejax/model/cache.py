@@ -4,7 +4,6 @@ Here is the full one, and `create_cache` for all kinds; `model.rolling_cache` ha
 """
 
 import dataclasses
-from typing import Literal, get_args
 
 import flax.struct
 from jax import Array
@@ -12,9 +11,11 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from moejax.cache_config import CacheConfig
 from moejax.config import ModelConfig, UserError
+from moejax.model.cache_storage import Stored, create_stored, place_stored, read_stored, write_stored
 from moejax.model.rolling_cache import RollingCache
-from moejax.sharding import constrain, partition_spec
+from moejax.sharding import constrain
 
 
 @flax.struct.dataclass
@@ -24,8 +25,8 @@ class KVCache:
     A slot past a row's length holds anything: no query ever sees it, and the row's next token overwrites it.
     """
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    keys: Stored  # [L, B, S, K, H]
+    values: Stored
     lengths: Int[Array, "B"]
 
     @property
@@ -35,8 +36,6 @@ class KVCache:
 
 
 Cache = KVCache | RollingCache
-CacheName = Literal["full", "window", "sinks"]
-AXES = (None, "batch", None, "kv_heads", None)
 
 
 def create_cache(
@@ -47,42 +46,39 @@ def create_cache(
     kind: str = "full",
     sinks: int = 4,
     window: int | None = None,
+    dtype: str = "model",
 ) -> Cache:
-    """An empty cache for `batch_size` rows, in the model's compute type; on a mesh, rows and heads divided.
+    """An empty cache for `batch_size` rows, in the model's compute type or in int8; on a mesh, rows and heads divided.
 
     full: at most `capacity` tokens a row. The others hold a row of any length, whatever `capacity`: window its last `window` tokens (None:
     what the model's attention sees, or max_length), sinks its first `sinks` tokens and then the last `window` (None: max_length in all).
     Raises UserError for sizes that make no cache.
     """
-    sinks, slots = _choose_sizes(config, capacity, kind, sinks, window)
+    settings = CacheConfig(kind, sinks, window, dtype)  # pyright: ignore[reportArgumentType]  # it checks the names
+    sinks, slots = _choose_sizes(config, capacity, settings)
     shape = (config.num_layers, batch_size, slots, config.num_kv_heads, config.head_width)
-    place = None if mesh is None else NamedSharding(mesh, partition_spec(AXES, shape, mesh))
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     # Two arrays, not one twice: the cache is donated to every step.
-    keys, values = (jnp.zeros(shape, config.dtype, device=place) for _ in range(2))
+    keys, values = (create_stored(shape, config.dtype, dtype, mesh) for _ in range(2))
     lengths = jnp.zeros(batch_size, jnp.int32, device=whole)
     return KVCache(keys, values, lengths) if kind == "full" else RollingCache(keys, values, lengths, sinks)
 
 
-def _choose_sizes(config: ModelConfig, capacity: int, kind: str, sinks: int, window: int | None) -> tuple[int, int]:
+def _choose_sizes(config: ModelConfig, capacity: int, settings: CacheConfig) -> tuple[int, int]:
     """Sinks, and slots in all."""
-    if kind not in get_args(CacheName):
-        raise UserError(f"cache.kind={kind!r} is unknown; expected one of {', '.join(get_args(CacheName))}")
-    if kind == "full":
-        if window is not None:
-            raise UserError(f"cache.window={window} says nothing to cache.kind='full'; leave it out, or set --cache.kind window or sinks")
+    if settings.kind == "full":
         return 0, capacity
-    sinks = sinks if kind == "sinks" else 0
+    sinks, window = settings.sinks if settings.kind == "sinks" else 0, settings.window
     if window is None:
-        window = (config.attention_window or config.max_length) if kind == "window" else config.max_length - sinks
-    if sinks < 0 or window < 1:
-        raise UserError(f"cache.sinks={sinks} and cache.window={window} make no cache; sinks must be 0 or more, the window 1 or more")
+        window = (config.attention_window or config.max_length) if settings.kind == "window" else config.max_length - sinks
+    if window < 1:
+        raise UserError(f"cache.sinks={sinks} leaves no window of the {config.max_length} positions of this model; set --cache.window")
     return sinks, sinks + window
 
 
 def place_cache(cache: Cache, mesh: Mesh | None) -> Cache:
     """The cache as `create_cache` laid it out, inside a compiled function: the next step gets it so, and can have its memory."""
-    keys, values = (constrain(part, mesh, *AXES) for part in (cache.keys, cache.values))
+    keys, values = (place_stored(part, mesh) for part in (cache.keys, cache.values))
     return dataclasses.replace(cache, keys=keys, values=values, lengths=constrain(cache.lengths, mesh, None))
 
 
@@ -95,6 +91,6 @@ def write_cache(
     """
     rows = jnp.arange(keys.shape[0])[:, None]
     slots = cache.lengths[:, None] + jnp.arange(keys.shape[1])[None, :]
-    new_keys = cache.keys.at[layer, rows, slots].set(keys.astype(cache.keys.dtype), mode="drop")
-    new_values = cache.values.at[layer, rows, slots].set(values.astype(cache.values.dtype), mode="drop")
-    return dataclasses.replace(cache, keys=new_keys, values=new_values), new_keys[layer], new_values[layer]
+    new_keys, new_values = (write_stored(part, (layer, rows, slots), new) for part, new in ((cache.keys, keys), (cache.values, values)))
+    cache = dataclasses.replace(cache, keys=new_keys, values=new_values)
+    return cache, read_stored(new_keys, layer, keys.dtype), read_stored(new_values, layer, values.dtype)

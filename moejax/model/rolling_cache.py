@@ -13,6 +13,7 @@ from jax import numpy as jnp
 from jaxtyping import Float, Int
 
 from moejax.config import ModelConfig
+from moejax.model.cache_storage import Stored, pass_through, read_stored, write_stored
 from moejax.model.positions import model_frequencies
 from moejax.ops.attention import Rotation, rotary_angles
 from moejax.ops.visibility import FAR, Indices, Visibility
@@ -26,8 +27,8 @@ class RollingCache:
     are gone too; it is int32, which ends at two thousand million. A slot not yet filled is seen by no query.
     """
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    keys: Stored  # [L, B, S, K, H]
+    values: Stored
     lengths: Int[Array, "B"]
     sinks: int = flax.struct.field(pytree_node=False)
 
@@ -107,12 +108,12 @@ def write_rolling(
     """Writes T tokens a row into one layer; returns the cache, and the keys and values that the pass reads, in the view's order."""
     rows = jnp.arange(keys.shape[0])[:, None]
 
-    def write(whole: Array, new: Array) -> tuple[Array, Array]:
-        new = new.astype(whole.dtype)
-        written = whole.at[layer, rows, slots].set(new, mode="drop")
+    def write(whole: Stored, new: Array) -> tuple[Stored, Array]:
+        written = write_stored(whole, (layer, rows, slots), new)
         if new.shape[1] == 1:
-            return written, written[layer]
-        return written, jnp.concatenate([written[layer, :, : cache.sinks], whole[layer, :, cache.sinks :], new], axis=1)
+            return written, read_stored(written, layer, new.dtype)
+        sinks, before = read_stored(written, layer, new.dtype)[:, : cache.sinks], read_stored(whole, layer, new.dtype)[:, cache.sinks :]
+        return written, jnp.concatenate([sinks, before, pass_through(whole, new)], axis=1)
 
     new_keys, read_keys = write(cache.keys, keys)
     new_values, read_values = write(cache.values, values)

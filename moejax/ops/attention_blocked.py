@@ -17,6 +17,7 @@ from moejax.ops.visibility import FAR, Indices, Visibility, visible_pairs
 
 BLOCKS = (128, 256)  # queries, and keys, of a block: the larger for rows of LONG tokens and more, where less of it is beyond the diagonal
 LONG = 1024
+TILE = 16  # blocks are multiples of that
 
 
 def attend_blocked(
@@ -30,8 +31,9 @@ def attend_blocked(
     batch, time, num_heads, width = query.shape
     num_kv_heads = key.shape[2]
     block = block or BLOCKS[time >= LONG]
-    heads = (_cut_heads(x, num_kv_heads, block) for x in (query, key, value))
-    queries, keys = _cut_indices(visibility.queries, block, -1), _cut_indices(visibility.keys, block, FAR)
+    block, key_block = (min(block, -(-length // TILE) * TILE) for length in (time, key.shape[1]))  # a short prompt is no whole block
+    heads = _cut_heads(query, num_kv_heads, block), *(_cut_heads(x, num_kv_heads, key_block) for x in (key, value))
+    queries, keys = _cut_indices(visibility.queries, block, -1), _cut_indices(visibility.keys, key_block, FAR)
     out = jnp.asarray(_attend(*heads, queries, keys, visibility.window))
     out = out.reshape(out.shape[0], batch, num_kv_heads, num_heads // num_kv_heads, block, width)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, num_heads, width)[:, :time]

@@ -5,13 +5,15 @@
 with expert(x) = down(silu(gate x) * up x). `dense` is the reference; `sorted` does only the chosen experts' work.
 """
 
+import functools
 from typing import Literal
 
 import jax
-from jax import Array
+from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
+from moejax.ops.dispatch_few import FEW_ROWS, apply_experts_few
 from moejax.ops.expert_mlp import ExpertWeights, expert_mlp
 from moejax.ops.grouped import SPARE_ROWS
 from moejax.ops.matmul import precision_of
@@ -24,7 +26,7 @@ def apply_experts(
 ) -> Float[Array, "M D"]:
     """Runs every row through its experts by the dispatch called `kind`; raises ValueError for a name it does not know."""
     if kind == "sorted":
-        return apply_experts_sorted(x, routing, weights)
+        return apply_experts_chosen(x, routing, weights)
     if kind == "dense":
         return apply_experts_dense(x, routing, weights)
     raise ValueError(f"unknown dispatch {kind!r}; expected 'sorted' or 'dense'")
@@ -39,6 +41,14 @@ def apply_experts_dense(x: Float[Array, "M D"], routing: Routing, weights: Exper
     chosen = routing.experts[:, :, None] == jnp.arange(weights.gate.shape[0])[None, None, :]
     share = jnp.sum(jnp.where(chosen, routing.weights[:, :, None], 0.0), axis=1)
     return jnp.einsum("me,emd->md", share, outputs.astype(jnp.float32), precision=precision_of(jnp.float32)).astype(x.dtype)
+
+
+def apply_experts_chosen(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights) -> Float[Array, "M D"]:
+    """Sorted; on CPU for few rows the experts that are touched, one after another."""
+    if x.shape[0] > FEW_ROWS:
+        return apply_experts_sorted(x, routing, weights)
+    few = functools.partial(apply_experts_few, differentiable=apply_experts_sorted)
+    return lax.platform_dependent(x, routing, weights, cpu=few, default=apply_experts_sorted)
 
 
 def apply_experts_sorted(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights) -> Float[Array, "M D"]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any, TextIO
 
+from moejax.cache_config import CacheConfig
 from moejax.config import UserError
 from moejax.data.text import Tokenizer
 from moejax.generation_config import GenerationSettings
@@ -28,8 +30,15 @@ BUCKET = 256
 class Conversation:
     """Messages and replies in turn, each reply read from the whole of what was said."""
 
-    def __init__(self, model: Any, variables: Any, tokenizer: Tokenizer, settings: GenerationSettings):
-        self.engine = Engine(model, variables, bucket=BUCKET, tokenizer=tokenizer)
+    def __init__(
+        self,
+        model: Any,
+        variables: Any,
+        tokenizer: Tokenizer,
+        settings: GenerationSettings,
+        cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen
+    ):
+        self.engine = Engine(model, variables, bucket=BUCKET, tokenizer=tokenizer, cache=cache)
         self.tokenizer = tokenizer
         self.settings = replace(settings, ignore_eos=False)
         self.messages: list[dict[str, str]] = []
@@ -42,7 +51,7 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.tokenizer.chat(messages)
-        room = self.engine.model.config.max_length - len(ids)
+        room = self.engine.model.config.max_length - len(ids) if self.engine.cache.kind == "full" else math.inf
         if room < 1:
             raise UserError(
                 f"the conversation would have {len(ids)} tokens, and this model is meant for {self.engine.model.config.max_length}; "

@@ -9,43 +9,27 @@ import functools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
+from moejax.cache_config import CacheConfig
 from moejax.config import UserError
 from moejax.generation_config import GenerationSettings
 from moejax.model.cache import create_cache
 from moejax.model.transformer import Transformer, unstack_layers
 from moejax.ops.sampling import Sampling
-from moejax.serving.decoding import STEPS, DecodeState, Limits, Scores, choose_first, decode, prefill
+from moejax.serving.decoding import STEPS, Asked, DecodeState, Details, Limits, choose_first, decode, prefill
+from moejax.serving.generation import Generation, Row
 from moejax.serving.stopping import StoppingDecoder
 
 BUCKET = 64  # prompt lengths and cache capacities are rounded up to multiples of this, unless an engine is given another
+SHORTEST = 16  # prompt lengths below a bucket no larger than that are rounded up to powers of two from here on
+CHUNK = 512  # tokens of each prompt that one call reads at most
 UNROLLED_LAYERS = 16  # on CPU, models of up to as many layers are decoded with their layers unrolled
 _SECONDS_A_CALL = 0.2  # how long text may stay away, and Ctrl-C wait, while a call makes several tokens
-
-
-class TokenScore(NamedTuple):
-    """A token's log-probability under the model itself (before bias, penalties and temperature), and the most likely tokens' there."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass
-class Generation:
-    """What one prompt was continued with, so far or in the end."""
-
-    tokens: list[int] = field(default_factory=list)  # without the EOS or stop id that ended them
-    text: str = ""  # up to a stop string; "" without a tokenizer
-    finish_reason: Literal["stop", "length"] | None = None  # None while it goes on
-    logprobs: list[TokenScore] | None = None  # of tokens
-    prompt_logprobs: list[TokenScore | None] | None = None  # of the prompt's tokens; the first has none
 
 
 class Engine:
@@ -55,9 +39,19 @@ class Engine:
     layers on one CPU device is unstacked once, here: the layers' weights a second time, for as long as the engine lives.
     """
 
-    def __init__(self, model: Transformer, variables: Any, bucket: int = BUCKET, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        variables: Any,
+        bucket: int = BUCKET,
+        tokenizer: Any = None,
+        cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen
+        chunk: int = CHUNK,
+    ) -> None:
         self.bucket = bucket
         self.tokenizer = tokenizer
+        self.cache = cache
+        self.chunk = chunk
         config = model.config
         if config.scan_layers and config.num_layers <= UNROLLED_LAYERS and model.mesh is None and jax.default_backend() == "cpu":
             unrolled = dataclasses.replace(config, scan_layers=False)
@@ -70,9 +64,11 @@ class Engine:
         """The new tokens of every prompt, EOS excluded."""
         return [generation.tokens for generation in self.complete(prompts, settings)]
 
-    def complete(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings | Sequence[GenerationSettings]) -> list[Generation]:
+    def complete(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings | Sequence[GenerationSettings], return_routing: bool = False
+    ) -> list[Generation]:
         """The Generation of every prompt; see `follow`."""
-        return list(self.follow(prompts, settings))[-1]  # a list of the same objects again and again
+        return list(self.follow(prompts, settings, return_routing=return_routing))[-1]  # a list of the same objects again and again
 
     def stream(
         self, prompts: Sequence[Sequence[int]], settings: GenerationSettings | Sequence[GenerationSettings]
@@ -90,91 +86,85 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         settings: GenerationSettings | Sequence[GenerationSettings],
         is_start: bool = False,
+        return_routing: bool = False,
     ) -> Iterator[list[Generation]]:
         """Yields the rows' Generations after every step, always the same objects, and what they hold grows; once where nothing is to do.
 
         One GenerationSettings is for all prompts, and row i then draws with seed + i; several are one per prompt. Text is made where the
-        engine has a tokenizer; `is_start` says that it begins anew, with no space before it. Raises UserError, before anything runs, for
-        an empty prompt, ids outside the vocabulary, stop strings without a tokenizer.
+        engine has a tokenizer; `is_start` says that it begins anew, with no space before it. `return_routing` fills that field. Raises
+        UserError, before anything runs, for an empty prompt, ids outside the vocabulary, stop strings without a tokenizer.
         """
         several = spread_settings(settings, len(prompts))
         self._check(prompts, several)
         if not prompts:
             yield []
             return
-        rows = [_Row(prompt, one, self.tokenizer, is_start) for prompt, one in zip(prompts, several, strict=True)]
+        rows = [self._start_row(prompt, one, is_start) for prompt, one in zip(prompts, several, strict=True)]
         generations = [row.generation for row in rows]
-        for row in rows:
-            if row.settings.max_new_tokens == 0:
-                row.end("length")
-        if all(row.ended for row in rows) and all(row.settings.prompt_logprobs is None for row in rows):
+        if all(row.ended and row.settings.prompt_logprobs is None for row in rows) and not return_routing:
             yield generations
             return
-        for tokens, scores in self._run(rows):
+        for tokens, details in self._run(rows, return_routing):
             for place, row in enumerate(rows):
                 if not row.ended:
-                    row.add(int(tokens[place]), scores, place, self._stop_ids(row.settings))
+                    row.add(int(tokens[place]), details, place)
             yield generations
         if all(row.settings.max_new_tokens == 0 for row in rows):
             yield generations
 
-    def _run(self, rows: list["_Row"]) -> Iterator[tuple[np.ndarray, Scores | None]]:
-        """Yields (tokens [B], Scores [B]) of every step, until all rows have ended."""
-        batch, width, capacity = self.shapes([len(row.prompt) for row in rows], [row.settings.max_new_tokens for row in rows])
-        vocabulary = self.model.config.vocab_size
-        tokens, mask = np.zeros((batch, width), np.int32), np.zeros((batch, width), np.int32)
-        mask[:, 0] = 1  # rows that fill the batch up hold one token, and make none
-        for place, row in enumerate(rows):
-            tokens[place, : len(row.prompt)], mask[place, : len(row.prompt)] = row.prompt, 1
+    def _start_row(self, prompt: Sequence[int], settings: GenerationSettings, is_start: bool) -> Row:
+        stop_ids = settings.stop_token_ids + (() if settings.ignore_eos else self.model.config.eos_token_ids)
+        decoder = None if self.tokenizer is None else StoppingDecoder(self.tokenizer, settings.stop, is_start)
+        return Row(prompt, settings, stop_ids, decoder)
+
+    def _run(self, rows: list[Row], return_routing: bool) -> Iterator[tuple[np.ndarray, Details]]:
+        """Yields (tokens [B], Details [B]) of every step, until all rows have ended."""
+        model, variables, vocabulary = self.model, self.variables, self.model.config.vocab_size
         several = [row.settings for row in rows]
-        sampling, limits = self._place_settings(several, batch)
-        num_top = _bucket_top([one.logprobs for one in several], vocabulary)
-        prompt_top = _bucket_top([one.prompt_logprobs for one in several], vocabulary)
+        batch, width, capacity = self.shapes([len(row.prompt) for row in rows], [one.max_new_tokens for one in several])
+        sampling, limits = self._place_settings(rows, batch)
+        asked = Asked(_bucket_top([one.logprobs for one in several], vocabulary), return_routing)
+        of_prompt = Asked(_bucket_top([one.prompt_logprobs for one in several], vocabulary), return_routing)
         in_prompt = self._find_in_prompts(rows, batch) if any(one.has_penalties for one in several) else None
-        cache = create_cache(self.model.config, batch, capacity, self.model.mesh)
-        logits, cache, prompt_scores = prefill(self.model, prompt_top, self.variables, tokens, mask, cache)
+        cache = create_cache(model.config, batch, capacity, model.mesh, **dataclasses.asdict(self.cache))
+        prompts = [row.prompt for row in rows] + [[0]] * (batch - len(rows))  # rows that fill the batch up hold one token, and make none
+        logits, cache, details = prefill(model, of_prompt, variables, prompts, cache, width)
         for place, row in enumerate(rows):
-            row.add_prompt_scores(None if prompt_scores is None else jax.tree.map(np.asarray, prompt_scores), place)
+            row.add_prompt(details, place)
         if all(row.ended for row in rows):
             return
-        chosen, alive, counts, scores = choose_first(self.model.mesh, num_top, logits, sampling, limits, in_prompt)
-        del logits
-        yield np.asarray(chosen), _to_host(scores)
+        chosen, alive, counts, scores = choose_first(model.mesh, asked.num_top, logits, sampling, limits, in_prompt)
+        del logits, details
+        yield np.asarray(chosen), jax.device_get(Details(scores))
         state = DecodeState(cache, chosen, np.ones(batch, np.int32), alive, counts)  # pyright: ignore[reportArgumentType]
         steps, seconds = 1, 0.0
         while not all(row.ended for row in rows):
             open_rows = np.array([place < len(rows) and not rows[place].ended for place in range(batch)])
             state = dataclasses.replace(state, alive=open_rows)  # pyright: ignore[reportArgumentType]
             started = time.perf_counter()
-            state, made, scores = decode(
-                self.model,
-                num_top,
-                self.variables,
-                state,
-                sampling,
-                limits,
-                in_prompt,
-                np.int32(steps),  # pyright: ignore[reportArgumentType]
-            )
-            made, scores = np.asarray(made), _to_host(scores)
+            state, made, details = decode(model, asked, variables, state, sampling, limits, in_prompt, np.int32(steps))  # pyright: ignore[reportArgumentType]
+            made, details = jax.device_get((made, details))
             count = int(np.sum(np.any(made >= 0, axis=1)))
             seconds = (time.perf_counter() - started) / max(count, 1)
             steps = int(np.clip(_SECONDS_A_CALL / seconds, 1, STEPS))
             for step in range(count):
-                yield made[step], None if scores is None else jax.tree.map(lambda leaf, step=step: leaf[step], scores)
+                yield made[step], jax.tree.map(lambda leaf, step=step: leaf[step], details)
 
     def shapes(self, prompt_lengths: Sequence[int], new_tokens: Sequence[int]) -> tuple[int, int, int]:
-        """(rows, prompt positions, cache capacity) that a batch is rounded up to: what its programs are compiled for."""
+        """(rows, prompt positions a call, cache capacity) that a batch is rounded up to: what its programs are compiled for."""
         longest = max(prompt_lengths)
-        capacity = max(length + new for length, new in zip(prompt_lengths, new_tokens, strict=True))
-        return 1 << (len(prompt_lengths) - 1).bit_length(), round_up(longest, self.bucket), round_up(max(capacity, longest), self.bucket)
+        short = max(SHORTEST, 1 << (longest - 1).bit_length())
+        width = short if short < self.bucket <= BUCKET else min(round_up(longest, self.bucket), self.chunk)
+        capacity = 0  # of a cache that forgets, whose own sizes count
+        if self.cache.kind == "full":
+            capacity = round_up(max(length + new for length, new in zip(prompt_lengths, new_tokens, strict=True)), self.bucket)
+        return 1 << (len(prompt_lengths) - 1).bit_length(), width, capacity
 
-    def _stop_ids(self, settings: GenerationSettings) -> tuple[int, ...]:
-        return settings.stop_token_ids + (() if settings.ignore_eos else self.model.config.eos_token_ids)
-
-    def _place_settings(self, several: list[GenerationSettings], batch: int) -> tuple[Sampling, Limits]:
+    def _place_settings(self, rows: list[Row], batch: int) -> tuple[Sampling, Limits]:
         """The settings as arrays of `batch` rows; those that fill up are greedy and make nothing."""
-        several = several + [GenerationSettings(max_new_tokens=0)] * (batch - len(several))
+        fill = batch - len(rows)
+        several = [row.settings for row in rows] + [GenerationSettings(max_new_tokens=0)] * fill
+        stops = [row.stop_ids for row in rows] + [()] * fill
 
         def column(name: str, dtype: Any = np.float32) -> Any:
             return np.array([getattr(one, name) for one in several], dtype)
@@ -183,7 +173,6 @@ class Engine:
         bias_room = max(8, 1 << (widest - 1).bit_length()) if widest else 0
         bias_ids = np.full((batch, bias_room), self.model.config.vocab_size, np.int32)
         bias_values = np.zeros((batch, bias_room), np.float32)
-        stops = [self._stop_ids(one) for one in several]
         stop_ids = np.full((batch, round_up(max(map(len, stops)) or 1, 8)), -1, np.int32)
         for place, one in enumerate(several):
             bias_ids[place, : len(one.logit_bias)] = list(one.logit_bias)
@@ -198,7 +187,7 @@ class Engine:
         sampling = Sampling(**arrays, bias_ids=bias_ids, bias_values=bias_values)  # pyright: ignore[reportArgumentType]
         return sampling, Limits(stop_ids, column("max_new_tokens", np.int32))  # pyright: ignore[reportArgumentType]
 
-    def _find_in_prompts(self, rows: list["_Row"], batch: int) -> Any:
+    def _find_in_prompts(self, rows: list[Row], batch: int) -> Any:
         found = np.zeros((batch, self.model.config.vocab_size), bool)
         for place, row in enumerate(rows):
             found[place, row.prompt] = True
@@ -219,55 +208,12 @@ class Engine:
                 raise UserError(
                     f"prompt {row}: stop={settings.stop!r} is text, but there is no tokenizer; give stop_token_ids, or pass one"
                 )
-            if len(prompt) + settings.max_new_tokens > config.max_length:
+            if self.cache.kind == "full" and len(prompt) + settings.max_new_tokens > config.max_length:
                 warnings.warn(
                     f"prompt {row}: {len(prompt)} tokens and {settings.max_new_tokens} new ones go past the {config.max_length} "
                     "positions this model is meant for; expect the text to degrade there",
                     stacklevel=4,
                 )
-
-
-class _Row:
-    """One prompt on its way."""
-
-    def __init__(self, prompt: Sequence[int], settings: GenerationSettings, tokenizer: Any, is_start: bool):
-        self.prompt = [int(token) for token in prompt]
-        self.settings = settings
-        self.generation = Generation(logprobs=None if settings.logprobs is None else [])
-        self._decoder = None if tokenizer is None else StoppingDecoder(tokenizer, settings.stop, is_start)
-
-    @property
-    def ended(self) -> bool:
-        return self.generation.finish_reason is not None
-
-    def end(self, reason: Literal["stop", "length"]) -> None:
-        self.generation.finish_reason = reason
-        if self._decoder is not None:
-            self.generation.text += self._decoder.finish()
-            if self._decoder.stopped:
-                self.generation.finish_reason = "stop"
-
-    def add(self, token: int, scores: Scores | None, place: int, stop_ids: tuple[int, ...]) -> None:
-        """Takes the next token, and ends the row where it does."""
-        made = self.generation
-        if token in stop_ids:
-            return self.end("stop")
-        made.tokens.append(token)
-        if made.logprobs is not None and scores is not None:
-            made.logprobs.append(_token_score(token, scores, place, self.settings.logprobs or 0))
-        if self._decoder is not None:
-            made.text += self._decoder.push(token)
-            if self._decoder.stopped:
-                return self.end("stop")
-        if len(made.tokens) == self.settings.max_new_tokens:
-            self.end("length")
-
-    def add_prompt_scores(self, scores: Scores | None, place: int) -> None:
-        if self.settings.prompt_logprobs is None or scores is None:
-            return
-        following = enumerate(self.prompt[1:])
-        wanted = self.settings.prompt_logprobs
-        self.generation.prompt_logprobs = [None, *(_token_score(token, scores, (place, at), wanted) for at, token in following)]
 
 
 def spread_settings(settings: GenerationSettings | Sequence[GenerationSettings], rows: int) -> list[GenerationSettings]:
@@ -296,12 +242,3 @@ def _bucket_top(wanted: list[int | None], vocabulary: int) -> int | None:
     """How many most likely tokens the device reports: None where no row asks, else a power of two from 8 on."""
     asked = [count for count in wanted if count is not None]
     return min(1 << max(3, (max(asked) - 1).bit_length()), vocabulary) if asked else None
-
-
-def _to_host(scores: Scores | None) -> Scores | None:
-    return jax.tree.map(np.asarray, scores)
-
-
-def _token_score(token: int, scores: Scores, place: Any, wanted: int) -> TokenScore:
-    top = zip(scores.top_ids[place][:wanted], scores.top[place][:wanted], strict=True)
-    return TokenScore(token, float(scores.chosen[place]), tuple((int(id), float(value)) for id, value in top))

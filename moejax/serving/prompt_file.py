@@ -21,7 +21,8 @@ from moejax.checks import UserError, nearest
 from moejax.generation_config import GenerationSettings
 
 if TYPE_CHECKING:  # lines are read, and refused, before jax is imported
-    from moejax.serving.engine import Engine, Generation, TokenScore
+    from moejax.serving.engine import Engine
+    from moejax.serving.generation import Generation, TokenScore
 
 INPUTS = ("prompt", "messages", "tokens")
 

@@ -57,6 +57,7 @@ def test_the_window_sees_as_many_tokens_as_the_sinks_and_theirs(variables):
     assert make_cache(MODEL, variables, "window", SIZES).capacity == make_cache(MODEL, variables, "sinks", SIZES).capacity == 12
 
 
+@pytest.mark.slow
 def test_sinks_are_another_thing_and_the_division_into_calls_is_not(variables):
     sinks = losses(variables, "sinks")
     np.testing.assert_allclose(losses(variables, "sinks", dataclasses.replace(SIZES, chunk=4)), sinks, rtol=1e-5)

@@ -248,8 +248,8 @@ def test_the_reference_sink_cache(golden):
         ({"kind": "ring"}, "cache.kind='ring' is unknown; expected one of full, window, sinks"),
         ({"window": 8}, "cache.window=8 says nothing to cache.kind='full'"),
         ({"kind": "window", "window": 0}, "cache.window=0 make no cache"),
-        ({"kind": "sinks", "sinks": -1}, "cache.sinks=-1 and cache.window=33 make no cache"),
-        ({"kind": "sinks", "sinks": 32}, "cache.window=0 make no cache"),
+        ({"kind": "sinks", "sinks": -1}, "cache.sinks=-1 and cache.window=None make no cache"),
+        ({"kind": "sinks", "sinks": 32}, "cache.sinks=32 leaves no window of the 32 positions of this model"),
     ],
 )
 def test_sizes_that_make_no_cache_are_refused(options, message):

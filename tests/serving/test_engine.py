@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 import moejax
+from moejax.cache_config import CacheConfig
 from moejax.config import ModelConfig, UserError
 from moejax.data.text import train_tokenizer
 from moejax.generation_config import GenerationSettings
+from moejax.model.prefill import read_chunk
 from moejax.model.transformer import Transformer, init_parameters, unstack_layers
-from moejax.serving import decoding
+from moejax.serving.decoding import choose_first, decode
 from moejax.serving.engine import Engine, round_up
 
 CONFIG = ModelConfig(
@@ -20,6 +22,7 @@ CONFIG = ModelConfig(
 MODEL = Transformer(CONFIG)
 VARIABLES = {"params": init_parameters(MODEL, jax.random.key(3))}
 PROMPTS = [[5, 6, 7], [9], [4, 4, 8, 30, 12, 1]]
+PROGRAMS = (read_chunk, choose_first, decode)
 
 
 def greedy_by_recomputing(prompt, count):
@@ -124,6 +127,69 @@ def test_only_the_prompt_s_log_probabilities():
     assert made.prompt_logprobs[1].top == ()
 
 
+def test_prompts_longer_than_a_chunk_are_read_in_chunks():
+    """Log-probabilities and routing of the prompt come together again, too."""
+    settings = GenerationSettings(3, prompt_logprobs=1, ignore_eos=True)
+    prompts = [PROMPTS[2] * 2, PROMPTS[0]]
+    whole = Engine(MODEL, VARIABLES).complete(prompts, settings, return_routing=True)
+    for expected, made in zip(whole, Engine(MODEL, VARIABLES, chunk=5).complete(prompts, settings, return_routing=True), strict=True):
+        assert made.tokens == expected.tokens
+        known, exact = made.prompt_logprobs[1:], expected.prompt_logprobs[1:]
+        assert [score.token for score in known] == [score.token for score in exact]
+        assert [score.logprob for score in known] == pytest.approx([score.logprob for score in exact], abs=1e-5)
+        assert np.array_equal(made.routing.experts, expected.routing.experts)
+
+
+def test_the_routing_is_the_full_forward_s():
+    settings = [GenerationSettings(4, ignore_eos=True), GenerationSettings(0), GenerationSettings(7, temperature=1.0, ignore_eos=True)]
+    run = jax.jit(lambda variables, tokens: MODEL.apply(variables, tokens, return_routing=True).routing)
+    for prompt, made in zip(PROMPTS, moejax.generate(
+        MODEL, VARIABLES, None, PROMPTS, [one.max_new_tokens for one in settings], [one.temperature for one in settings], True,
+        return_details=True, return_routing=True,
+    ), strict=True):  # fmt: skip
+        read = (prompt + made.tokens)[: len(prompt) + max(len(made.tokens) - 1, 0)]
+        exact = run(VARIABLES, np.pad(np.array([read], np.int32), ((0, 0), (0, 32 - len(read)))))
+        assert made.routing.experts.shape == (len(read), 2, 2)
+        assert np.array_equal(made.routing.experts, np.asarray(exact.experts)[:, 0, : len(read)].swapaxes(0, 1))
+        np.testing.assert_allclose(made.routing.weights, np.asarray(exact.weights)[:, 0, : len(read)].swapaxes(0, 1), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [CacheConfig("window", window=40), CacheConfig("sinks", 3, 37)], ids=["window", "sinks"])
+def test_a_cache_that_forgets_says_the_same_until_it_does(cache):
+    engine = Engine(MODEL, VARIABLES, cache=cache, chunk=5)
+    settings = GenerationSettings(60, ignore_eos=True)
+    exact, made = Engine(MODEL, VARIABLES).generate(PROMPTS, settings), engine.generate(PROMPTS, settings)
+    for prompt, whole, forgetful in zip(PROMPTS, exact, made, strict=True):
+        before = 41 - len(prompt)  # the token after the one that fills the cache is the last that has seen all
+        assert forgetful[:before] == whole[:before]
+    assert made != exact
+    for prompt, row in zip(PROMPTS, made, strict=True):
+        assert engine.generate([prompt], settings) == [row], "no other program's sizes, and no row's, change what is seen"
+
+
+def test_int8_keeps_what_greedy_decoding_says_nearly():
+    settings = GenerationSettings(8, logprobs=0, ignore_eos=True)
+    exact = Engine(MODEL, VARIABLES).complete(PROMPTS, settings)
+    for row, made in zip(exact, Engine(MODEL, VARIABLES, cache=CacheConfig(dtype="int8")).complete(PROMPTS, settings), strict=True):
+        same = next((place for place in range(8) if row.tokens[place] != made.tokens[place]), 8)
+        assert same >= 2
+        found, known = ([score.logprob for score in one.logprobs[:same]] for one in (made, row))
+        assert found == pytest.approx(known, abs=0.1)
+        assert found != known
+
+
+def test_text_that_was_taken_is_forgotten():
+    """So that a text without end needs no memory; what comes after it is what would have come."""
+    settings = GenerationSettings(12, temperature=1.0, seed=3, ignore_eos=True, logprobs=0)
+    (whole,) = Engine(SPEAKER, SPOKEN, tokenizer=TOKENIZER).complete([[5, 6]], settings)
+    texts, most = [], 0
+    for (made,) in Engine(SPEAKER, SPOKEN, tokenizer=TOKENIZER).follow([[5, 6]], settings):
+        most = max(most, len(made.tokens), len(made.logprobs))
+        texts.append(made.take())
+    assert ("".join(texts), made.finish_reason, most) == (whole.text, "length", 1)
+
+
 TEXTS = ["the router sends a token to an expert, and the expert sends it back\n" * 20]
 TOKENIZER = train_tokenizer(TEXTS, 300)
 SPEAKER = Transformer(dataclasses.replace(CONFIG, vocab_size=300))
@@ -170,17 +236,22 @@ def test_sizes_are_rounded_up_to_few():
     sizes = {round_up(number, 64) for number in range(1, 32_769)}
     assert all(number <= round_up(number, 64) <= max(number * 1.25, number + 63) for number in range(1, 5000))
     assert len(sizes) == 8 + 4 * 6
-    assert Engine(MODEL, VARIABLES).shapes([3, 70, 9], [100, 1, 0]) == (4, 128, 128)
+    engine = Engine(MODEL, VARIABLES)
+    assert engine.shapes([3, 70, 9], [100, 1, 0]) == (4, 128, 128)
+    assert [engine.shapes([length], [1])[1] for length in (1, 16, 17, 33, 65, 5000)] == [16, 16, 32, 64, 128, 512]
+    assert Engine(MODEL, VARIABLES, bucket=256).shapes([3], [1]) == (1, 256, 256)
+    assert Engine(MODEL, VARIABLES, cache=CacheConfig("sinks")).shapes([3, 70], [9, 9]) == (2, 128, 0)
 
 
 def test_shapes_compile_once_per_bucket():
     engine = Engine(Transformer(dataclasses.replace(CONFIG, max_length=4095)), VARIABLES)
-    engine.generate([[1, 2, 3]], GenerationSettings(4, ignore_eos=True))
-    compiled = [program._cache_size() for program in (decoding.prefill, decoding.choose_first, decoding.decode)]
+    for prompt in ([1, 2, 3], [1] * 20, [1] * 50):
+        engine.generate([prompt], GenerationSettings(4, ignore_eos=True))
+    compiled = [program._cache_size() for program in PROGRAMS]
     for length in (1, 7, 20, 40):
         settings = GenerationSettings(5 + length % 3, temperature=length % 2, top_k=length, top_p=0.9, seed=length, ignore_eos=True)
         engine.generate([list(range(1, length + 1))], settings)
-    assert compiled == [program._cache_size() for program in (decoding.prefill, decoding.choose_first, decoding.decode)]
+    assert compiled == [program._cache_size() for program in PROGRAMS]
 
 
 @pytest.mark.parametrize(("prompts", "options", "message"), [
@@ -198,6 +269,7 @@ def test_shapes_compile_once_per_bucket():
     ([[1]], {"stop": "x"}, r"prompt 0: stop=\('x',\) is text, but there is no tokenizer"),
     ([[1]], {"logit_bias": {50: 1.0}}, "prompt 0: logit_bias names token 50"),
     ([[1]], {"logprobs": 1}, "return_details=True"),
+    ([[1]], {"return_routing": True}, "return_details=True"),
 ])  # fmt: skip
 def test_bad_requests_are_refused(prompts, options, message):
     with pytest.raises(UserError, match=message):

@@ -9,8 +9,9 @@ import pytest
 import moejax
 from moejax.config import ModelConfig, UserError
 from moejax.data.text import train_tokenizer
+from moejax.model.prefill import read_chunk
 from moejax.model.transformer import Transformer, init_parameters
-from moejax.serving import decoding
+from moejax.serving.decoding import choose_first, decode
 from moejax.serving.engine import Engine
 
 TOKENIZER = train_tokenizer(["the router sends a token to an expert, and the expert sends it back\n" * 20], 300)
@@ -78,7 +79,7 @@ def spoil(rng, prompts, options):
 
 def run_requests(seed, count):
     rng = random.Random(seed)
-    programs = (decoding.prefill, decoding.choose_first, decoding.decode)
+    programs = (read_chunk, choose_first, decode)
     before = sum(program._cache_size() for program in programs)
     engine, kinds = Engine(MODEL, VARIABLES), set()
     with warnings.catch_warnings():

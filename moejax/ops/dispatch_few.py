@@ -1,0 +1,60 @@
+"""Few rows, as in decoding: all of them through each expert that any of them chose, and no other expert's weights are read.
+
+On CPU, where a matmul of a few rows waits for its weights, the rows that did not choose an expert cost next to nothing there, and
+nothing is sorted. The gradient is that of the sorted dispatch, which `ops.dispatch` hands in.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax import Array, lax
+from jax import numpy as jnp
+from jaxtyping import Float
+
+from moejax.ops.expert_mlp import ExpertWeights
+from moejax.ops.matmul import precision_of
+from moejax.ops.routing import Routing
+
+FEW_ROWS = 16  # of 8 experts, top-2: at 1 row 4.5 times as fast as sorted, at 8 rows 1.3 times, at 16 the same
+
+
+def apply_experts_few(
+    x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights, differentiable: Callable[..., Array]
+) -> Float[Array, "M D"]:
+    """As every dispatch, y = sum over a of weight_a * expert_a(x), summed in the order of the experts; gradients are `differentiable`'s."""
+
+    @jax.custom_vjp
+    def apply(x: Array, weights: ExpertWeights, routing: Routing) -> Array:
+        return _apply(x, weights, routing)
+
+    def forward(x: Array, weights: ExpertWeights, routing: Routing):
+        return jax.vjp(lambda x, weights, chosen: differentiable(x, Routing(chosen, routing.experts), weights), x, weights, routing.weights)
+
+    def backward(pull, gradient: Array):
+        of_x, of_weights, of_chosen = pull(gradient)
+        return of_x, of_weights, Routing(of_chosen, None)  # pyright: ignore[reportArgumentType]
+
+    apply.defvjp(forward, backward)
+    return jnp.asarray(apply(x, weights, routing))
+
+
+def _apply(x: Array, weights: ExpertWeights, routing: Routing) -> Array:
+    experts = jnp.arange(weights.gate.shape[0])
+    chosen = routing.experts[:, :, None] == experts[None, None, :]
+    share = jnp.sum(jnp.where(chosen, routing.weights[:, :, None].astype(jnp.float32), 0.0), axis=1)  # [M, E]
+    touched = jnp.any(chosen, axis=(0, 1))
+    order = jnp.argsort(~touched, stable=True)
+
+    def add_expert(turn: Array, total: Array) -> Array:
+        expert = order[turn]
+        gate, up, down = (lax.dynamic_index_in_dim(weight, expert, 0, keepdims=False) for weight in weights)
+        out = _dot(jax.nn.silu(_dot(x, gate)) * _dot(x, up), down)
+        mine = lax.dynamic_slice_in_dim(share, expert, 1, 1)
+        # What an expert makes of rows that are not its own may be infinite, and is not looked at.
+        return total + jnp.where(mine != 0.0, out.astype(jnp.float32) * mine, 0.0)
+
+    return lax.fori_loop(0, jnp.sum(touched), add_expert, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+
+
+def _dot(rows: Array, weight: Array) -> Array:
+    return lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), precision=precision_of(rows.dtype))
