@@ -29,7 +29,7 @@ def draw_passkey(result: dict[str, Any], path: Path) -> None:
         # Behind the last length that the model has seen, in front of the first one it has not.
         seen = sum(length <= result["original_length"] for length in lengths)
         if 0 < seen < len(lengths):
-            panel.axvline(seen - 0.5, color="white", linestyle="--", linewidth=1.5)
+            panel.axvline(seen - 0.5, color="#D55E00", linestyle="--", linewidth=2)
     for place in range(0, len(scalings), columns):
         panels[place].set_ylabel("depth of the key")
     for panel in panels[len(scalings) :]:
