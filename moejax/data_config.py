@@ -14,7 +14,7 @@ from moejax.checks import UserError, nearest, require_choice, require_positive, 
 
 TextFormat = Literal["auto", "text", "jsonl", "parquet", "array_record"]
 
-BUILTIN_TEXTS = ("prose", "code", "sql")  # what `builtin:NAME` may name
+BUILTIN_TEXTS = ("prose", "code", "sql", "passkey")  # what `builtin:NAME` may name
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Domain:
     """One kind of text and where it lies; it is evaluated by itself, and mixed with the others by the weights of a `Stage`.
 
     `path` is a file, a directory or a pattern with `*`; `hf://datasets/OWNER/NAME[/PATTERN]`, files of a data set of the Hub; or
-    `builtin:prose`, `builtin:code`, `builtin:sql`: docstrings and comments, and code, of the Python packages at hand, and generated SQL.
+    `builtin:prose`, `builtin:code`, `builtin:sql`, `builtin:passkey`: docstrings and comments, and code, of the Python packages at hand,
+    generated SQL, and numbers to be found in filler.
     """
 
     name: str

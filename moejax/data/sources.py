@@ -2,7 +2,8 @@
 
 `builtin:prose` and `builtin:code` read what every machine that runs this project already has: the standard library and the
 packages the project depends on. They are read in place, so nothing is downloaded and nothing of theirs is copied into the
-project. `builtin:sql` is synthetic (`moejax.data.sql`). A new builtin source is one function and one line in `BUILTIN`.
+project. `builtin:sql` and `builtin:passkey` are synthetic (`moejax.data.sql`, `moejax.data.passkey`). A new builtin source is one function
+and one line in `BUILTIN`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import sqlite3
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Domain, UserError
-from moejax.data import hub_text, python_text, sql
+from moejax.data import hub_text, passkey, python_text, sql
 from moejax.data.documents import Document, Reading, cut_bytes, stable_key
 from moejax.data.formats import KNOWN_FILES, find_format, read_file
 
@@ -124,6 +126,8 @@ def describe_source(domain: Domain) -> dict[str, Any]:
     """
     if domain.builtin == "sql":
         return {"text": _BUILTIN_VERSION, "sqlite": sqlite3.sqlite_version, "python": sys.version}
+    if domain.builtin == "passkey":
+        return {"text": _BUILTIN_VERSION, "python": sys.version}
     if domain.builtin is not None:
         packages = PROSE_PACKAGES if domain.builtin == "prose" else ()
         return {"text": _BUILTIN_VERSION, "python": sys.version, "packages": {package: _version(package) for package in packages}}
@@ -206,13 +210,18 @@ def _read_code(seed: int, reading: Reading) -> Iterator[Document]:
 
 
 def _read_sql(seed: int, reading: Reading) -> Iterator[Document]:
-    index = 0
-    while True:
+    for index in itertools.count():
         yield Document(f"sql-{index:06d}", sql.generate_document(seed, index))
-        index += 1
 
 
-BUILTIN: dict[str, Callable[[int, Reading], Iterator[Document]]] = {"prose": _read_prose, "code": _read_code, "sql": _read_sql}
+def _read_passkey(seed: int, reading: Reading) -> Iterator[Document]:
+    for index in itertools.count():
+        yield Document(f"passkey-{index:06d}", passkey.generate_document(seed, index))
+
+
+BUILTIN: dict[str, Callable[[int, Reading], Iterator[Document]]] = {
+    "prose": _read_prose, "code": _read_code, "sql": _read_sql, "passkey": _read_passkey,
+}  # fmt: skip
 
 
 def _no_text(domain: Domain, max_bytes: int, reading: Reading) -> str:
