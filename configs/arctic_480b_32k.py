@@ -10,9 +10,12 @@ attention by 0.1 ln 8 + 1. Its authors took 400 steps of 4 M tokens for Llama 2;
 theta more still (for that, leave `rope_scaling` out of this file). `python -m moejax.evals lengths` and `passkey` say what it gave.
 
 All weights and not an adapter: every head of every layer must learn the new angles. Float32 weights, gradients and AdamW's two moments
-are 16 bytes of 478,584,608,768 parameters, 7.66 TB. The mesh divides the experts by 32 x 8 and the rest by 8: 49 GB a chip, of 95. What
-a row keeps for the backward pass (`remat` full: the input of each layer) is 35 x 32,768 x 7,168 x 2 bytes = 16.4 GB, so `mesh.context`
-divides each row between 2 chips. 256 rows, one for every 2 chips, are 8.4 M tokens a step and 1.7 G in all.
+are 16 bytes of 478,584,608,768 parameters, 7.66 TB. The mesh divides the experts by 32 x 8 and all else by 8. What a row keeps for the
+backward pass (`remat` full: the input of each layer) is 35 x 32,768 x 7,168 x 2 bytes = 16.4 GB, so `mesh.context` divides each row
+between 2 chips. Rows on their way to experts have room for twice what an even router sends (`ragged_buffer_factor`): room for the worst
+case would be 32 times it, and does not fit; what finds no room is counted in `dropped_tokens`. 256 rows, one for every 2 chips, are 8.4 M
+tokens a step and 1.7 G in all. `python -m moejax.bench tpu_step` has compiled this step, not run it: 37.0 GB of weights and moments and
+57.1 GB of temporaries a chip.
 
 The text is yours. Rows are packed, and a token sees its own document only: what teaches distance are documents of 32,768 tokens and
 more (books, repositories, filings with their annexes), which `data/long` is for. A third is the mixture of the last stage, so that what
@@ -40,6 +43,7 @@ def config() -> RunConfig:
             ARCTIC_480B,
             max_length=LENGTH,
             rope_scaling=RopeScaling(kind="yarn", factor=LENGTH / TRAINED, original_length=TRAINED),
+            ragged_buffer_factor=2.0,
             param_dtype="float32",
             remat="full",
         ),

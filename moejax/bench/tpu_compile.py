@@ -144,15 +144,15 @@ def compile_program(program: Program, devices: list[Any]) -> dict[str, Any]:
     return {"mesh": program.mesh, "compile_seconds": seconds, **sizes, "collectives": count_collectives(text), "failures": failures}
 
 
-def abstract_batch(mesh: Mesh) -> Any:
-    """Shapes and shardings of one batch."""
+def abstract_batch(mesh: Mesh, shape: tuple[int, int] = BATCH) -> Any:
+    """Shapes and shardings of one batch of `shape` rows and tokens."""
     from jax import numpy as jnp
 
     from moejax.data.rows import Batch
     from moejax.sharding import partition_spec
 
-    sharding = NamedSharding(mesh, partition_spec(("batch", "time"), BATCH, mesh))
-    integers, weights = (cast(Any, jax.ShapeDtypeStruct(BATCH, kind, sharding=sharding)) for kind in (jnp.int32, jnp.float32))
+    sharding = NamedSharding(mesh, partition_spec(("batch", "time"), shape, mesh))
+    integers, weights = (cast(Any, jax.ShapeDtypeStruct(shape, kind, sharding=sharding)) for kind in (jnp.int32, jnp.float32))
     return Batch(integers, integers, weights, integers, integers)
 
 

@@ -11,7 +11,6 @@ in between: the model is given every token, and asked for the next. Four ways to
     rows     as in training, for comparison: rows of the length trained with, each with a BOS in front and nothing before it
 """
 
-import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,17 +19,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
-from jax import numpy as jnp
 
 from moejax.config import UserError
 from moejax.evals.output import Output, load_model, report
-from moejax.evals.stream_text import find_run, read_held_out, read_text, spread_evenly
+from moejax.evals.scoring import score_chunk, score_rows
+from moejax.evals.stream_text import spread_evenly
 from moejax.evals.streaming_figure import draw_streaming
+from moejax.evals.texts import find_run, read_held_out, read_text, trained_length
 from moejax.model.cache import Cache, create_cache
 from moejax.model.transformer import Transformer
 from moejax.training.hardware import read_status
 
+BYTES_A_TOKEN = 16  # more than text has: what is read of --text is enough
+ROWS = 8  # of one call of way `rows`
 WAYS = ("sinks", "window", "full", "rows")
 COLUMNS = (
     "tokens", "early_loss", "late_loss", "late_over_early", "cache_bytes", "early_seconds", "late_seconds", "early_resident_bytes",
@@ -92,7 +93,7 @@ def run(arguments: Arguments) -> None:
     model, variables, tokenizer = load_model(arguments)
     if tokenizer.bos_token_id is None:
         raise UserError(f"checkpoint={arguments.checkpoint!r} has a tokenizer without a BOS token to begin the stream with; use another")
-    trained = model.config.max_length if config is None else min(config.data.sequence_length, model.config.max_length)
+    trained = trained_length(model.config, config)
     if arguments.window is None:
         arguments = replace(arguments, window=max(trained - arguments.sinks, 1))
     stream = make_stream(arguments, config, tokenizer)
@@ -111,8 +112,10 @@ def run(arguments: Arguments) -> None:
 def make_stream(arguments: Arguments, config: Any, tokenizer: Any) -> np.ndarray:
     """Token ids [1 + tokens]: BOS, then the text, again and again where it has a period."""
     length = min(arguments.period or arguments.tokens, arguments.tokens)
-    named = arguments.text is not None
-    domains = read_text(str(arguments.text), length) if named else read_held_out(str(arguments.checkpoint), config, tokenizer)
+    if arguments.text is None:
+        domains = read_held_out(str(arguments.checkpoint), config, tokenizer)
+    else:
+        domains = {"text": read_text(arguments.text, BYTES_A_TOKEN * length)}
     text = spread_evenly(domains, tokenizer, length, arguments.piece)
     return np.concatenate([np.array([tokenizer.bos_token_id], np.int32), np.resize(text, arguments.tokens)])
 
@@ -120,16 +123,16 @@ def make_stream(arguments: Arguments, config: Any, tokenizer: Any) -> np.ndarray
 def read_stream(model: Transformer, variables: Any, stream: np.ndarray, way: str, arguments: Arguments, trained: int) -> Iterator[Block]:
     """The stream [1 + tokens] read block by block; the last block of way `full` is the one that ends at `full_tokens`."""
     if way == "rows":
-        losses = score_rows(model, variables, stream, trained)
+        losses = score_fresh_rows(model, variables, stream, trained)
         yield from (Block(float(np.mean(part)), None, None) for part in losses.reshape(-1, arguments.block))
         return
     tokens = arguments.tokens if way != "full" else min(arguments.full_tokens, arguments.tokens)
-    cache = make_cache(model, variables, way, arguments)
-    score_chunk(model, variables, *_cut(stream, 0, arguments.chunk), make_cache(model, variables, way, arguments))  # compiles
+    cache, counts = make_cache(model, variables, way, arguments), np.full(1, arguments.chunk, np.int32)
+    score_chunk(model, variables, *_cut(stream, 0, arguments.chunk), make_cache(model, variables, way, arguments), counts)  # compiles
     for start in range(0, tokens, arguments.block):
         began, losses = time.perf_counter(), []
         for place in range(start, start + arguments.block, arguments.chunk):
-            loss, cache = score_chunk(model, variables, *_cut(stream, place, arguments.chunk), cache)
+            loss, cache = score_chunk(model, variables, *_cut(stream, place, arguments.chunk), cache, counts)
             losses.append(loss)
         mean = float(np.mean(jax.device_get(losses), dtype=np.float64))
         yield Block(mean, time.perf_counter() - began, read_status("self", "RssAnon"))
@@ -153,31 +156,13 @@ def _cut(stream: np.ndarray, start: int, count: int) -> tuple[np.ndarray, np.nda
     return stream[None, start : start + count], stream[None, start + 1 : start + 1 + count]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def score_chunk(model: Transformer, variables: Any, tokens: Array, targets: Array, cache: Any) -> tuple[Array, Any]:
-    """The loss [B, T] of each token's successor under a model that has read the cache, and the cache with the tokens in it."""
-    outputs = model.apply(variables, tokens, cache=cache)
-    return _losses(outputs.logits, targets), outputs.cache
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def score_whole_rows(model: Transformer, variables: Any, tokens: Array, targets: Array) -> Array:
-    """The loss [B, T] of rows that begin with their first token."""
-    return _losses(model.apply(variables, tokens).logits, targets)
-
-
-def _losses(logits: Any, targets: Array) -> Array:
-    logarithms = jax.nn.log_softmax(logits, axis=-1)
-    return -jnp.take_along_axis(logarithms, targets[..., None], axis=-1)[..., 0]
-
-
-def score_rows(model: Transformer, variables: Any, stream: np.ndarray, length: int, batch: int = 8) -> np.ndarray:
+def score_fresh_rows(model: Transformer, variables: Any, stream: np.ndarray, length: int) -> np.ndarray:
     """The loss [tokens] of every token of the stream but its first, in rows of `length` targets, each behind a BOS (the stream's first)."""
     targets = stream[1:]
-    filled = np.pad(targets, (0, -len(targets) % (batch * length))).reshape(-1, batch, length)
-    first = np.full((batch, 1), stream[0], stream.dtype)
-    losses = [score_whole_rows(model, variables, np.concatenate([first, part[:, :-1]], axis=1), part) for part in filled]
-    return np.asarray(jax.device_get(losses)).reshape(-1)[: len(targets)]
+    filled = np.pad(targets, (0, -len(targets) % (ROWS * length))).reshape(-1, ROWS, length)
+    first = np.full((ROWS, 1), stream[0], stream.dtype)
+    losses = [score_rows(model, variables, np.concatenate([first, part[:, :-1]], axis=1), part, length) for part in filled]
+    return np.concatenate(losses).reshape(-1)[: len(targets)]
 
 
 def describe_way(way: str, blocks: list[Block], cache_bytes: int | None, arguments: Arguments) -> dict[str, Any]:

@@ -21,7 +21,9 @@ COEFFICIENTS = {"router_aux_loss_coefficient", "router_z_loss_coefficient"}
 # How far the model reads: a run may train it to read further than its checkpoint does.
 REACH = {"max_length", "rope_scaling"}
 # Fields of the model that a run chooses for itself: how it is computed and trained, and that; not which function of short texts it is.
-CHOSEN_BY_THE_RUN = {"dispatch", "dtype", "param_dtype", "remat", "scan_layers", "initializer_range"} | COEFFICIENTS | REACH
+CHOSEN_BY_THE_RUN = (
+    {"dispatch", "ragged_buffer_factor", "dtype", "param_dtype", "remat", "scan_layers", "initializer_range"} | COEFFICIENTS | REACH
+)
 # What lies beside published weights and is handed on with a run's checkpoints; the tokenizer itself is saved apart.
 COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -54,7 +56,9 @@ def complete_config(config: RunConfig) -> RunConfig:
         raise UserError("this config trains a model that exists already; name its checkpoint: --init-from DIRECTORY")
     else:
         found = read_model_config(config.init_from)[1]
-        names = {"dispatch", "remat", "scan_layers", "param_dtype"} | _differing(config.model, ModelConfig(), COEFFICIENTS | REACH)
+        names = {"dispatch", "remat", "scan_layers", "param_dtype"} | _differing(
+            config.model, ModelConfig(), COEFFICIENTS | REACH | {"ragged_buffer_factor"}
+        )
         own = {name: getattr(config.model, name) for name in names}
         model = replace(found, **own, dtype="bfloat16" if found.dtype == "float16" else found.dtype)
     if _differing_fields(config.model, ModelConfig()):

@@ -15,7 +15,7 @@ from moejax.config import ModelConfig, UserError
 from moejax.data.text import train_tokenizer
 from moejax.evals import streaming
 from moejax.evals.__main__ import main
-from moejax.evals.streaming import Arguments, make_cache, make_stream, read_stream, score_rows
+from moejax.evals.streaming import Arguments, make_cache, make_stream, read_stream, score_fresh_rows
 from moejax.model.transformer import Transformer, abstract_parameters
 from tests.conftest import write_text
 
@@ -68,7 +68,7 @@ def test_sinks_are_another_thing_and_the_division_into_calls_is_not(variables):
 
 @pytest.mark.slow
 def test_rows_begin_with_the_first_token_and_see_their_own(variables):
-    found = score_rows(MODEL, variables, STREAM, 16, batch=3)
+    found = score_fresh_rows(MODEL, variables, STREAM, 16)
     assert found.shape == (120,)
     for start in (0, 16, 112):
         targets = STREAM[1 + start : 1 + start + 16]
