@@ -57,11 +57,11 @@ def complete_config(config: RunConfig) -> RunConfig:
     else:
         found = read_model_config(config.init_from)[1]
         names = {"dispatch", "remat", "scan_layers", "param_dtype"} | _differing(
-            config.model, ModelConfig(), COEFFICIENTS | REACH | {"ragged_buffer_factor"}
+            config.model, ModelConfig(), COEFFICIENTS | {"ragged_buffer_factor"}
         )
         own = {name: getattr(config.model, name) for name in names}
         model = replace(found, **own, dtype="bfloat16" if found.dtype == "float16" else found.dtype)
-    if _differing_fields(config.model, ModelConfig()):
+    if _differing_fields(config.model, ModelConfig(), CHOSEN_BY_THE_RUN - REACH):
         return config  # it names its own sizes; `find_start` compares them
     return replace(config, model=model, data=replace(config.data, sequence_length=min(config.data.sequence_length, model.max_length)))
 
@@ -97,9 +97,9 @@ def read_model_config(path: str) -> tuple[Path, ModelConfig]:
         raise UserError(f"init_from={path!r}: {error}") from error
 
 
-def _differing_fields(model: ModelConfig, other: ModelConfig) -> list[str]:
-    """The fields in which two models are not the same function of their weights."""
-    differing = _differing(model, other, {field.name for field in fields(ModelConfig)} - CHOSEN_BY_THE_RUN)
+def _differing_fields(model: ModelConfig, other: ModelConfig, chosen: set[str] = CHOSEN_BY_THE_RUN) -> list[str]:
+    """The fields but the `chosen` ones in which two models differ; none: they are the same function of their weights."""
+    differing = _differing(model, other, {field.name for field in fields(ModelConfig)} - chosen)
     if model.head_width == other.head_width:
         differing -= {"head_size"}  # None says the same as the width that follows from the other sizes
     return [field.name for field in fields(ModelConfig) if field.name in differing]

@@ -266,20 +266,6 @@ def test_a_run_may_read_further_than_its_checkpoint(place, train):
     assert (config.model.max_length, config.model.rope_scaling.factor, config.data.sequence_length) == (512, 4.0, 512)
 
 
-def test_a_config_without_sizes_may_say_how_far(place, train, tmp_path):
-    from moejax.cli import parse_run
-    from moejax.training.initial import complete_config
-
-    (tmp_path / "longer.py").write_text(
-        "from moejax.config import DataConfig, ModelConfig, RopeScaling, RunConfig\n"
-        "def config():\n"
-        "    model = ModelConfig(max_length=512, rope_scaling=RopeScaling('linear', 4.0))\n"
-        "    return RunConfig(name='longer', init_from='published', model=model, data=DataConfig(sequence_length=512))\n"
-    )
-    config = parse_run([], tmp_path / "longer.py", complete=complete_config).config
-    assert (config.model.num_experts, config.model.rope_scaling.kind, config.data.sequence_length) == (8, "linear", 512)
-
-
 def test_the_32k_config_is_arctic_but_for_how_far_it_reads():
     from moejax.training.initial import _differing_fields
 
