@@ -53,7 +53,9 @@ def make_mesh(
     types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        # Where no dimensions of the torus have an axis's size between them, as 8 of 4 x 4 x 4, one is divided among two axes.
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=types)
     if sizes["data"] % slices:
         raise UserError(
             f"mesh.data={sizes['data']} is no multiple of the {slices} slices that the devices form; only data runs across slices, "

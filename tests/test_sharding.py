@@ -73,6 +73,23 @@ def test_only_data_runs_across_slices():
         moejax.make_mesh(fsdp=8, devices=chips)
 
 
+class TorusChip(Chip):
+    """A chip of a v5p pod, at its place in the torus."""
+
+    platform, device_kind, core_on_chip = "tpu", "TPU v5p", 0
+
+    def __init__(self, number: int):
+        super().__init__(number, 0)
+        self.coords = [number % 4, number // 4 % 4, number // 16]
+
+
+def test_axes_that_no_dimensions_of_a_torus_fit_divide_one():
+    """8 x 8 of 4 x 4 x 4: what jax.make_mesh refuses."""
+    mesh = moejax.make_mesh(expert=8, tensor=8, devices=[TorusChip(number) for number in range(64)])
+    assert (mesh.shape["expert"], mesh.shape["tensor"]) == (8, 8)
+    assert len({chip.id for chip in mesh.devices.flat}) == 64
+
+
 def test_the_rules_name_axes_of_the_mesh():
     assert {axis for axes in RULES.values() for axis in axes} <= set(MESH_AXES)
 

@@ -7,7 +7,8 @@ from moejax.config import UserError
 from moejax.launch import prepare_process
 
 BENCHMARKS = (
-    "train", "moe", "decode", "prefill", "startup", "growth", "convert", "data", "save", "storage_order", "tpu_compile", "gpu",
+    "train", "moe", "decode", "prefill", "startup", "growth", "convert", "data", "save", "storage_order",
+    "tpu_compile", "tpu_prompt", "tpu_step", "gpu",
 )  # fmt: skip
 
 

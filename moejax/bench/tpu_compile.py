@@ -77,7 +77,7 @@ def run(arguments: Arguments) -> None:
     """Compiles, checks and reports. Ends with exit status 1 where a check fails."""
     if arguments.json not in (None, "-"):
         require_place(str(arguments.json), "--json")
-    devices = topology_devices(arguments.topology)
+    devices = topology_devices(arguments.topology, NUM_DEVICES)
     results = {name: compile_program(PROGRAMS[name], devices) for name in arguments.programs}
     result = {"benchmark": "tpu_compile", "topology": arguments.topology, "programs": results, **describe_machine(PROGRAM)}
     deliver(result, _table(arguments.topology, results), arguments.json)
@@ -85,12 +85,15 @@ def run(arguments: Arguments) -> None:
         raise SystemExit(1)
 
 
-def topology_devices(topology: str) -> list[Any]:
-    """Devices to compile for, none of which need be here. Raises UserError without libtpu, and for a topology that is not one of eight."""
+def topology_devices(topology: str, count: int | None = None) -> list[Any]:
+    """Devices to compile for, none of which need be here; `count` of them, where that is given.
+
+    Raises UserError without libtpu, for a topology that libtpu does not know, and for one of another number of devices.
+    """
     try:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UserError('tpu_compile needs libtpu, the compiler for TPUs, which is not installed; pip install "moejax[tpu]"') from error
+        raise UserError('this needs libtpu, the compiler for TPUs, which is not installed; pip install "moejax[tpu]"') from error
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no cloud is asked what this machine is
@@ -102,10 +105,10 @@ def topology_devices(topology: str) -> list[Any]:
             devices = list(topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"libtpu has no topology {topology!r} ({reason}); use one of eight devices, as v5p:2x2x2 or v6e:2x4") from error
-    if len(devices) != NUM_DEVICES:
+        raise UserError(f"libtpu has no topology {topology!r} ({reason}); use one as v5p:2x2x2 or v6e:2x4, of eight devices") from error
+    if count not in (None, len(devices)):
         raise UserError(
-            f"topology {topology!r} has {len(devices)} devices, but the programs are for {NUM_DEVICES}; use v5p:2x2x2 or v6e:2x4"
+            f"topology {topology!r} has {len(devices)} devices, but the programs are for {count}; use one as v5p:2x2x2 or v6e:2x4"
         )
     return devices
 
@@ -141,15 +144,15 @@ def compile_program(program: Program, devices: list[Any]) -> dict[str, Any]:
     return {"mesh": program.mesh, "compile_seconds": seconds, **sizes, "collectives": count_collectives(text), "failures": failures}
 
 
-def abstract_batch(mesh: Mesh) -> Any:
-    """Shapes and shardings of one batch."""
+def abstract_batch(mesh: Mesh, shape: tuple[int, int] = BATCH) -> Any:
+    """Shapes and shardings of one batch of `shape` rows and tokens."""
     from jax import numpy as jnp
 
     from moejax.data.rows import Batch
     from moejax.sharding import partition_spec
 
-    sharding = NamedSharding(mesh, partition_spec(("batch", "time"), BATCH, mesh))
-    integers, weights = (cast(Any, jax.ShapeDtypeStruct(BATCH, kind, sharding=sharding)) for kind in (jnp.int32, jnp.float32))
+    sharding = NamedSharding(mesh, partition_spec(("batch", "time"), shape, mesh))
+    integers, weights = (cast(Any, jax.ShapeDtypeStruct(shape, kind, sharding=sharding)) for kind in (jnp.int32, jnp.float32))
     return Batch(integers, integers, weights, integers, integers)
 
 
@@ -168,7 +171,7 @@ def _expert_parts(params: Any, shardings: Any) -> float:
     return whole / held
 
 
-def _instructions(text: str) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
+def list_instructions(text: str) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
     """(name, shapes of the results) of every instruction of a program in XLA's text."""
     for line in text.splitlines():
         found = _INSTRUCTION.search(line)
@@ -178,7 +181,7 @@ def _instructions(text: str) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
 
 def count_collectives(text: str) -> dict[str, int]:
     """How often the program's text names each collective; what stands in the loop over the layers counts once."""
-    names = Counter(name.removesuffix("-start") for name, _ in _instructions(text))
+    names = Counter(name.removesuffix("-start") for name, _ in list_instructions(text))
     return {name: names[name] for name in COLLECTIVES if names[name]}
 
 
@@ -192,7 +195,7 @@ def check_text(text: str, program: Program, config: ModelConfig) -> list[str]:
         failures.append(f"there is no {ATTENTION_KERNEL} in the program")
     parts = program.mesh.get("expert", 1) * program.mesh.get("tensor", 1)
     most = config.num_experts * config.intermediate_size * config.hidden_size // parts
-    for name, shapes in _instructions(text):
+    for name, shapes in list_instructions(text):
         if name.removesuffix("-start").removesuffix("-done") in ("send", "recv", "infeed", "outfeed"):
             failures.append(f"the program has a {name}")
         scores = [shape for shape in shapes if len(shape) > 3 and shape.count(BATCH[1]) > 1] if has_whole_rows else []

@@ -6,7 +6,7 @@ from moejax.cli import parse, run_command
 from moejax.config import UserError
 from moejax.launch import prepare_process
 
-EVALUATIONS = ("lengths", "passkey")  # moejax.evals.NAME, with Arguments (an Output) and run(arguments)
+EVALUATIONS = ("lengths", "passkey", "streaming")  # moejax.evals.NAME, with Arguments (an Output) and run(arguments)
 
 
 def main(argv: list[str]) -> None:

@@ -43,18 +43,21 @@ def prefill_in_chunks(
     batch, time = tokens.shape
     shape = (batch, model.config.hidden_size)
     last = constrain(jnp.zeros(shape, model.config.dtype), model.mesh, None, None)
+    if model.mesh is None:
+        # Where the weights lie, as what comes back does: else the second chunk would be another program.
+        last, cache = jax.device_put((last, cache), jax.tree.leaves(variables)[0].sharding)
     for start in range(0, min(time, int(lengths.max(initial=0))), chunk):
         part = np.zeros((batch, chunk), np.int32)
         part[:, : min(chunk, time - start)] = tokens[:, start : start + chunk]
         counts = np.clip(lengths - start, 0, chunk).astype(np.int32)
-        last, cache, outputs = _read_chunk(model, visit is not None, return_routing, variables, part, counts, last, cache)
+        last, cache, outputs = read_chunk(model, visit is not None, return_routing, variables, part, counts, last, cache)
         if visit is not None:
             visit(start, outputs)
     return apply_head(model, variables, last), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(6, 7))
-def _read_chunk(
+def read_chunk(
     model: Transformer, keep: bool, return_routing: bool, variables: Any, tokens: Array, counts: Array, last: Array, cache: Any
 ) -> tuple[Array, Any, Any]:
     """One chunk: the features of the newest token of every row, the old ones where it has none here, the cache, and what is kept."""

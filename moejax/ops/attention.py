@@ -20,6 +20,8 @@ from moejax.ops.visibility import Visibility, visible_keys
 
 # Fewer queries than this (decoding) go through the reference: there is nothing to divide into blocks.
 FEW_QUERIES = 32
+# Where no kernel serves, more scores than this (1 GiB in float32) do not exist at once, as of a long prompt read into a cache.
+MANY_SCORES = 2**28
 
 
 class Rotation(NamedTuple):
@@ -46,19 +48,23 @@ def attend(
     query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], visibility: Visibility
 ) -> Float[Array, "B T N H"]:
     """What `attend_reference` gives, by the way that is fast here: where there are queries enough, in blocks on CPU and by the kernels of
-    `ops.attention_tpu` and `ops.attention_cuda`; else, and where a kernel does not fit, as it is.
+    `ops.attention_tpu` and `ops.attention_cuda`; else, and where a kernel does not fit, as it is, or in blocks if scores are MANY_SCORES.
     """
     if query.shape[1] < FEW_QUERIES:
         return attend_reference(query, key, value, visibility)
     ways = _kernels(query, key, visibility)
     # What one way keeps for the backward pass, the others carry as zeros until XLA finds out: all scores are computed again instead.
-    plain = jax.checkpoint(attend_reference)
+    plain = attend_blocked if _has_many_scores(query, key) else jax.checkpoint(attend_reference)
     out = lax.platform_dependent(query, key, value, visibility, cpu=attend_blocked, default=plain, **ways)
     if visibility.blind is None:
         return out
     mean = jnp.mean(value[:, : visibility.num_keys].astype(jnp.float32), axis=1).astype(value.dtype)
     mean = jnp.repeat(mean, query.shape[2] // key.shape[2], axis=1)
     return jnp.where(visibility.blind[:, :, None, None], mean[:, None], out)
+
+
+def _has_many_scores(query: Array, key: Array) -> bool:
+    return query.size // query.shape[-1] * key.shape[1] > MANY_SCORES
 
 
 def _kernels(query: Array, key: Array, visibility: Visibility) -> dict[str, Callable[..., Array]]:
@@ -69,7 +75,8 @@ def _kernels(query: Array, key: Array, visibility: Visibility) -> dict[str, Call
     reasons = {"tpu": attention_tpu.why_not(query, whole), "cuda": attention_cuda.why_not(query, whole, by_ranges)}
     here = {"tpu": "tpu", "gpu": "cuda"}.get(jax.default_backend())
     if here is not None and reasons[here] is not None:
-        say_once(f"attention of {query.shape[1]} queries: all scores at once, not a kernel; {reasons[here]}")
+        how = "scores in blocks" if _has_many_scores(query, key) else "all scores at once"
+        say_once(f"attention of {query.shape[1]} queries: {how}, not a kernel; {reasons[here]}")
     ways = {"tpu": _attend_tpu, "cuda": _attend_cuda}
     return {name: way for name, way in ways.items() if reasons[name] is None}
 

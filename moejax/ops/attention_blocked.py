@@ -92,6 +92,9 @@ def _attend(query: Array, key: Array, value: Array, queries: Indices, keys: Indi
 
 @functools.partial(jax.jit, static_argnums=5)
 def _forward(query: Array, key: Array, value: Array, queries: Indices, keys: Indices, window: int | None):
+    # One with the queries: a scan over layers would see that masks are the same for all, make every block of them first, and keep them.
+    query, queries, keys = lax.optimization_barrier((query, queries, keys))
+
     def over_keys(query: Array, queries: Indices):
         def add_block(carry, inputs):
             key, value, keys = inputs
@@ -125,6 +128,7 @@ def _forward(query: Array, key: Array, value: Array, queries: Indices, keys: Ind
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(window: int | None, saved, gradient: Array):
     query, key, value, queries, keys, out, normaliser = saved
+    query, queries, keys = lax.optimization_barrier((query, queries, keys))  # as in `_forward`
     scale = query.shape[-1] ** -0.5
 
     def one_block(totals, inputs):

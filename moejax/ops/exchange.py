@@ -79,9 +79,8 @@ def exchange_padded(rows: Float[Array, "N D"], into: Float[Array, "R D"], exchan
     from_sender = (place >= 0) & (place < exchange.received[None, :])  # [R, P]
     sender = jnp.argmax(from_sender, axis=1)
     index = sender * num_rows + jnp.take_along_axis(place, sender[:, None], axis=1)[:, 0]
-    taken = jnp.take(
-        blocks.reshape(-1, rows.shape[1]), jnp.where(jnp.any(from_sender, axis=1), index, blocks.size), axis=0, mode="fill", fill_value=0
-    )
+    blocks = blocks.reshape(-1, rows.shape[1])
+    taken = jnp.take(blocks, jnp.where(jnp.any(from_sender, axis=1), index, blocks.shape[0]), axis=0, mode="fill", fill_value=0)
     return jnp.where(jnp.any(from_sender, axis=1)[:, None], taken, into)
 
 

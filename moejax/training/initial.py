@@ -18,8 +18,12 @@ from moejax.config import ModelConfig, RunConfig, UserError
 from moejax.data.text import Tokenizer, find_tokenizer, load_tokenizer
 
 COEFFICIENTS = {"router_aux_loss_coefficient", "router_z_loss_coefficient"}
-# Fields of the model that a run chooses for itself: how it is computed and trained, not which function it is.
-CHOSEN_BY_THE_RUN = {"dispatch", "dtype", "param_dtype", "remat", "scan_layers", "initializer_range"} | COEFFICIENTS
+# How far the model reads: a run may train it to read further than its checkpoint does.
+REACH = {"max_length", "rope_scaling"}
+# Fields of the model that a run chooses for itself: how it is computed and trained, and that; not which function of short texts it is.
+CHOSEN_BY_THE_RUN = (
+    {"dispatch", "ragged_buffer_factor", "dtype", "param_dtype", "remat", "scan_layers", "initializer_range"} | COEFFICIENTS | REACH
+)
 # What lies beside published weights and is handed on with a run's checkpoints; the tokenizer itself is saved apart.
 COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -52,10 +56,12 @@ def complete_config(config: RunConfig) -> RunConfig:
         raise UserError("this config trains a model that exists already; name its checkpoint: --init-from DIRECTORY")
     else:
         found = read_model_config(config.init_from)[1]
-        names = {"dispatch", "remat", "scan_layers", "param_dtype"} | _differing(config.model, ModelConfig(), COEFFICIENTS)
+        names = {"dispatch", "remat", "scan_layers", "param_dtype"} | _differing(
+            config.model, ModelConfig(), COEFFICIENTS | {"ragged_buffer_factor"}
+        )
         own = {name: getattr(config.model, name) for name in names}
         model = replace(found, **own, dtype="bfloat16" if found.dtype == "float16" else found.dtype)
-    if _differing_fields(config.model, ModelConfig()):
+    if _differing_fields(config.model, ModelConfig(), CHOSEN_BY_THE_RUN - REACH):
         return config  # it names its own sizes; `find_start` compares them
     return replace(config, model=model, data=replace(config.data, sequence_length=min(config.data.sequence_length, model.max_length)))
 
@@ -91,9 +97,9 @@ def read_model_config(path: str) -> tuple[Path, ModelConfig]:
         raise UserError(f"init_from={path!r}: {error}") from error
 
 
-def _differing_fields(model: ModelConfig, other: ModelConfig) -> list[str]:
-    """The fields in which two models are not the same function of their weights."""
-    differing = _differing(model, other, {field.name for field in fields(ModelConfig)} - CHOSEN_BY_THE_RUN)
+def _differing_fields(model: ModelConfig, other: ModelConfig, chosen: set[str] = CHOSEN_BY_THE_RUN) -> list[str]:
+    """The fields but the `chosen` ones in which two models differ; none: they are the same function of their weights."""
+    differing = _differing(model, other, {field.name for field in fields(ModelConfig)} - chosen)
     if model.head_width == other.head_width:
         differing -= {"head_size"}  # None says the same as the width that follows from the other sizes
     return [field.name for field in fields(ModelConfig) if field.name in differing]

@@ -1,47 +1,54 @@
-"""What evaluations read: the run behind a checkpoint, the text it held out, other text."""
+"""What evaluations read: the run that a checkpoint is of, what it held out, and other text."""
 
 from __future__ import annotations
 
-import dataclasses
-
+import jax
 import pytest
 
-import moejax
-from moejax.config import RunConfig, UserError
+from moejax.checkpoint import store
+from moejax.config import DataConfig, ModelConfig, RunConfig, UserError, to_json
+from moejax.data.text import train_tokenizer
 from moejax.evals.texts import find_run, read_held_out, read_text, trained_length
-from tests.conftest import ROOT, SHORT_RUN, run_command, write_text
-from tests.evals.conftest import CONFIG
+from moejax.model.transformer import Transformer, init_parameters
+from tests.conftest import write_text
 
 
-def test_the_length_trained_with_is_that_of_the_rows():
-    run = RunConfig()
-    run = dataclasses.replace(run, data=dataclasses.replace(run.data, sequence_length=20))
-    assert trained_length(CONFIG, None) == 32
-    assert trained_length(CONFIG, run) == 20
-    assert trained_length(dataclasses.replace(CONFIG, max_length=16), run) == 16
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory with one checkpoint, whose text lies beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    write_text(folder / "text")
+    tokenizer = train_tokenizer([path.read_text() for path in (folder / "text").iterdir()], 300)
+    model = ModelConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_layers=1, num_experts=2)
+    config = RunConfig(run_dir=str(folder / "run"), model=model, data=DataConfig(path=str(folder / "text"), held_out_fraction=0.2))
+    params = init_parameters(Transformer(model), jax.random.key(0))
+    step = store.step_directory(folder / "run", 1)
+    store.save(step, params, model, step=1, run=to_json(config), write_extra=lambda place: tokenizer.save(place))
+    return folder / "run", config, tokenizer
 
 
-def test_a_model_of_no_run_held_nothing_out(saved, tokenizer):
-    assert find_run(str(saved)) is None
-    with pytest.raises(UserError, match="is of no run of ours, so nothing was held out"):
-        read_held_out(str(saved), None, tokenizer)
+@pytest.mark.parametrize("below", ["", "checkpoints/00000001"])
+def test_what_a_run_held_out_is_found_again(run, below):
+    from moejax.data.prepare import prepare
+
+    directory, config, tokenizer = run
+    found = find_run(str(directory / below))
+    assert found == config and trained_length(config.model, found) == 256
+    assert trained_length(config.model, None) == config.model.max_length
+    held_out = read_held_out(str(directory / below), found, tokenizer)
+    expected = prepare(config.data, 300, directory.with_name("another"), lambda line: None, tokenizer).held_out
+    assert held_out == expected and held_out["text"]
+    assert not (directory / "data.json").exists()  # nothing is written into the run
 
 
-def test_other_text_is_read_up_to_its_limit(tmp_path):
-    (tmp_path / "a.txt").write_text("first\nsecond\nthird\n")
-    assert [document.text for document in read_text(str(tmp_path / "a.txt"), 13)] == ["first\nsecond\n"]
-    assert sum(len(document.text) for document in read_text("builtin:passkey", 5000)) <= 5000
+def test_a_checkpoint_of_no_run_has_held_out_nothing(run, golden):
+    published = str(golden("mixtral_hf").directory)
+    assert find_run(published) is None
+    with pytest.raises(UserError, match=r"is of no run of ours.*--text"):
+        read_held_out(published, None, run[2])
 
 
-@pytest.mark.slow
-def test_a_run_s_held_out_text_is_what_it_was_evaluated_on(tmp_path):
-    write_text(tmp_path / "text")
-    flags = [*SHORT_RUN, "--run-dir", "run", "--train.steps", "2", "--model.num-layers", "1", "--data.sequence-length", "64"]
-    result = run_command(["python", ROOT / "train.py", *flags], cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    run = find_run(str(tmp_path / "run"))
-    assert run is not None and trained_length(run.model, run) == 64
-    found = read_held_out(str(tmp_path / "run"), run, moejax.load_tokenizer(tmp_path / "run"))
-    whole = {file.name: file.read_text() for file in (tmp_path / "text").iterdir()}
-    assert list(found) == ["text"] and found["text"]
-    assert all(whole[document.name] == document.text for document in found["text"])
+def test_a_text_may_be_named(run):
+    directory = run[0].parent / "text"
+    documents = read_text(str(directory), 10**6)
+    assert sorted(document.text for document in documents) == sorted(path.read_text() for path in directory.iterdir())

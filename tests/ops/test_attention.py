@@ -1,10 +1,14 @@
 """Attention against a loop over queries in float64, and the properties of rotary positions."""
 
+import re
+
 import jax
+import jax.export
 import numpy as np
 import pytest
 from jax import numpy as jnp
 
+from moejax.ops import attention
 from moejax.ops.attention import FEW_QUERIES, attend, attend_reference, rotary_angles, rotate
 from moejax.ops.rope import rotary_frequencies
 from moejax.ops.visibility import Indices, describe_visibility, visible_keys
@@ -77,3 +81,16 @@ def test_rotation_pairs_the_halves():
     x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
     out = rotate(x, rotary_angles(jnp.array([[1]]), rotary_frequencies(4, 10_000.0)))[0, 0, 0]
     np.testing.assert_allclose(out, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(("many", "has_scores"), [(37 * 4 * 53 * 2 - 1, False), (37 * 4 * 53 * 2, True)])
+def test_too_many_scores_do_not_exist_at_once_where_no_kernel_serves(monkeypatch, many, has_scores):
+    """Programs for a TPU, of a chunk of a prompt read into a cache."""
+    monkeypatch.setattr(attention, "MANY_SCORES", many)
+    parts = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(parts[0], (2, 37, 4, 8))
+    key, value = (jax.random.normal(part, (2, 53, 2, 8)) for part in parts[1:])
+    queries, keys = (jnp.broadcast_to(jnp.arange(start, end), (2, end - start)) for start, end in ((16, 53), (0, 53)))
+    visibility = describe_visibility(Indices(queries), Indices(keys))
+    program = jax.export.export(jax.jit(lambda *a: attend(*a)), platforms=["tpu"])(query, key, value, visibility).mlir_module()
+    assert bool(re.search("tensor<[0-9x]*37x53xf32>", program)) == has_scores

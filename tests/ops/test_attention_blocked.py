@@ -1,5 +1,7 @@
 """Attention in blocks against all scores at once: values and gradients, whatever the blocks, and what it does not compute."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -86,3 +88,20 @@ def test_no_array_is_as_large_as_all_scores():
     scores = 2 * 4 * 512 * 512 * 4
     assert memory.temp_size_in_bytes < 1.5 * scores  # three such arrays are what the reference keeps
     assert attention_blocked.BLOCKS[0] < 512
+
+
+@pytest.mark.parametrize("rematerialised", [False, True])
+def test_layers_that_share_a_mask_do_not_keep_all_of_it(rematerialised):
+    """A scan takes what is the same for all layers out of the loop: the masks of all pairs of blocks were such a thing."""
+    query, key, value, _ = make_inputs(80)
+
+    def loss(query, index):
+        def layer(x, _):
+            return attend_blocked(x, key, value, describe_visibility(Indices(index), Indices(index)), 16), None
+
+        body = jax.checkpoint(layer) if rematerialised else layer
+        return jnp.sum(jax.lax.scan(body, query, None, length=3)[0] ** 2)
+
+    program = jax.jit(jax.grad(loss)).lower(query, places(80)).compile().as_text()
+    assert "f32[5," in program  # stacked by blocks of queries
+    assert re.findall(r"(?:pred|f32)\[5,5,[0-9,]*16,16\]", program) == []

@@ -92,6 +92,23 @@ def test_no_expert_is_no_work(kind):
     assert_close(y, jnp.where(left_out[:, None], 0, apply_experts_dense(x, choices, weights)))
 
 
+def test_buffers_of_more_entries_than_an_index_counts_can_be_traced():
+    """4 devices x 2^19 choices x 2,048 entries: as of rows of 32,768 tokens on a pod."""
+    shape = jax.ShapeDtypeStruct
+    x, shares, experts = shape((2**20, 2048), jnp.bfloat16), shape((2**20, 2), jnp.float32), shape((2**20, 2), jnp.int32)
+    wide, narrow = shape((EXPERTS, WIDTH, 2048), jnp.bfloat16), shape((EXPERTS, 2048, WIDTH), jnp.bfloat16)
+    y, _ = jax.eval_shape(
+        lambda *parts: sharded(apply_ragged)(parts[0], Routing(*parts[1:3]), ExpertWeights(*parts[3:])),
+        x,
+        shares,
+        experts,
+        wide,
+        wide,
+        narrow,
+    )
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+
+
 def test_a_full_buffer_drops_and_counts():
     x, choices, weights = make_problem("all to one device")
     y, dropped = sharded(functools.partial(apply_ragged, buffer_factor=2.0))(x, choices, weights)

@@ -11,7 +11,7 @@ from moejax.cache_config import CacheConfig
 from moejax.config import ModelConfig, UserError
 from moejax.data.text import train_tokenizer
 from moejax.generation_config import GenerationSettings
-from moejax.model.prefill import _read_chunk
+from moejax.model.prefill import read_chunk
 from moejax.model.transformer import Transformer, init_parameters, unstack_layers
 from moejax.serving.decoding import choose_first, decode
 from moejax.serving.engine import Engine, round_up
@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
 MODEL = Transformer(CONFIG)
 VARIABLES = {"params": init_parameters(MODEL, jax.random.key(3))}
 PROMPTS = [[5, 6, 7], [9], [4, 4, 8, 30, 12, 1]]
-PROGRAMS = (_read_chunk, choose_first, decode)
+PROGRAMS = (read_chunk, choose_first, decode)
 
 
 def greedy_by_recomputing(prompt, count):

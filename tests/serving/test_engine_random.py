@@ -10,7 +10,7 @@ import moejax
 from moejax.cache_config import CacheConfig
 from moejax.config import ModelConfig, UserError
 from moejax.data.text import train_tokenizer
-from moejax.model.prefill import _read_chunk
+from moejax.model.prefill import read_chunk
 from moejax.model.transformer import Transformer, init_parameters
 from moejax.serving.decoding import choose_first, decode
 from moejax.serving.engine import Engine
@@ -80,7 +80,7 @@ def spoil(rng, prompts, options):
 
 def run_requests(seed, count):
     rng = random.Random(seed)
-    programs = (_read_chunk, choose_first, decode)
+    programs = (read_chunk, choose_first, decode)
     before = sum(program._cache_size() for program in programs)
     engines, kinds = [Engine(MODEL, VARIABLES, cache=cache) for cache in (CacheConfig(), CacheConfig("sinks", 2, 30))], set()
     with warnings.catch_warnings():

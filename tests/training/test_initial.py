@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import shutil
 import sys
@@ -16,6 +18,7 @@ from moejax.checkpoint import store
 from moejax.config import ModelConfig, UserError
 from moejax.data.text import load_tokenizer, train_tokenizer
 from moejax.data.tokenizer_files import TokenizerSettings, save_files
+from moejax.families.arctic import ARCTIC_480B
 from tests.conftest import ROOT, run_command
 
 TEXT = "the router sends every token to two experts, and def read(path): return open(path).read() gives the text\n"
@@ -246,3 +249,52 @@ def test_a_run_that_goes_on_takes_its_sizes_from_a_checkpoint_that_can_be_read(p
     path.write_text(path.read_text().replace('"step": 40', '"step": 41'))
     config = parse_run(["--run-dir", str(tmp_path / "run")], FINETUNE[0], complete=complete_config).config
     assert (config.model.vocab_size, config.init_from) == (300, "elsewhere")
+
+
+# -- longer texts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_may_read_further_than_its_checkpoint(place, train):
+    from moejax.cli import parse_run
+    from moejax.training.initial import complete_config, find_start
+
+    scaling = ["--model.rope-scaling.kind", "yarn", "--model.rope-scaling.factor", "4", "--model.rope-scaling.original-length", "128"]
+    words = ["--init-from", "published", "--run-dir", "runs/longer", "--model.max-length", "512", "--data.sequence-length", "512", *scaling]
+    config = parse_run(words, FINETUNE[0], complete=complete_config).config
+    start = find_start(config)
+    assert start is not None and (start.model.max_length, start.model.rope_scaling.kind) == (128, "none")
+    assert (config.model.max_length, config.model.rope_scaling.factor, config.data.sequence_length) == (512, 4.0, 512)
+
+
+def test_the_32k_config_is_arctic_but_for_how_far_it_reads():
+    from moejax.training.initial import _differing_fields
+
+    spec = importlib.util.spec_from_file_location("arctic_480b_32k", ROOT / "configs" / "arctic_480b_32k.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.config()
+    assert _differing_fields(config.model, ARCTIC_480B) == []  # so its checkpoint is taken
+    scaling = config.model.rope_scaling
+    assert config.model.max_length == config.data.sequence_length == scaling.factor * scaling.original_length == 32_768
+    assert scaling.original_length == ARCTIC_480B.max_length
+    assert "478,584,608,768" in module.__doc__ and f"{478_584_608_768 * 16 / 1e12:.2f} TB" in module.__doc__
+
+
+@pytest.mark.slow
+def test_the_32k_config_scaled_down_trains_on_eight_devices(place, train, tmp_path):
+    """The same file with small sizes: a checkpoint of 64 tokens is taught to read 512, on a mesh that divides rows, experts and weights."""
+    from moejax.model.transformer import init_parameters
+
+    sizes = {"vocab_size": 290, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    short = dataclasses.replace(ARCTIC_480B, **sizes, num_experts=4, max_length=64, param_dtype="float32")
+    params = init_parameters(moejax.Transformer(short), jax.random.key(0))
+    moejax.save(tmp_path / "short", moejax.Transformer(short), {"params": params}, load_tokenizer(place / "published"))
+    flags = [word for name, value in sizes.items() for word in (f"--model.{name.replace('_', '-')}", value)]
+    flags += ["--model.num-experts", 4, "--model.rope-scaling.original-length", 64, "--model.max-length", 512]
+    flags += ["--data.path", "my.jsonl", *SMALL, "--data.sequence-length", 512, "--train.batch-size", 8, "--train.steps", 2]
+    mesh = ["--mesh.expert", 2, "--mesh.context", 2]
+    words = [ROOT / "configs" / "arctic_480b_32k.py", "--init-from", tmp_path / "short", "--run-dir", tmp_path / "run"]
+    train(*words, *flags, *mesh)
+    config, trained = parameters(tmp_path / "run" / "checkpoints" / "00000002")
+    assert (config.max_length, config.rope_scaling.kind, config.rope_scaling.factor) == (512, "yarn", 8.0)
+    assert 0 < largest_difference(trained, params) < 0.05
