@@ -139,9 +139,10 @@ def test_a_run_that_was_killed_and_interrupted_is_the_run_that_was_not(run, plac
 
 @pytest.mark.parametrize(
     ("blocks", "what"),
-    [pytest.param(48, "no room to save", marks=pytest.mark.slow), (4, "no room to write in the run directory")],
+    [(48, "no room to save"), (4, "no room to write in the run directory")],
     ids=["checkpoint", "metrics"],
 )
+@pytest.mark.slow
 def test_a_disk_that_fills_leaves_the_last_good_checkpoint(run, place, environment, blocks, what):
     """Files may grow to `blocks` KiB: more than metrics.jsonl in the first case, less in the second."""
     name = f"runs/full-{blocks}"
@@ -199,6 +200,7 @@ def test_samples_are_text_and_nothing_else(run, place, environment):
     assert other.stdout != first.stdout
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_is_answered_line_by_line(run, place, environment, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "the model"}\n{"tokens": [5, 6], "max_new_tokens": 3, "logprobs": 1}\n')
     files = ("--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"))

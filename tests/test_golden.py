@@ -77,6 +77,7 @@ def test_losses(case):
             assert float(loss) == pytest.approx(float(expected[name]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_mixtral_loss_over_all_positions(case):
     """The reference's load-balance loss without a mask, on the routers of the masked run: padding counts then."""
     reference, model, variables = case
@@ -100,6 +101,7 @@ def test_gradients(case):
     check_gradients(jax.grad(total)(variables), reference, model.config)
 
 
+@pytest.mark.slow
 def test_greedy_continuations(case):
     """All prompts in one batch of different lengths; some continuations pass an EOS, which is ignored."""
     reference, model, variables = case

@@ -234,6 +234,7 @@ for _ in range(5):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, monkeypatch, small_chunks, source, run_command):
     monkeypatch.setattr(conversion, "LARGEST_CHUNK", 20_000)
     convert(source, tmp_path / "whole")

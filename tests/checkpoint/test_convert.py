@@ -35,6 +35,7 @@ def test_a_full_disk_is_one_message(tmp_path, golden, run_command):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_there_and_back(tmp_path, golden, run_command):
     """An adapter merged, written for others, and read again: the same bytes."""
     base, adapter = (golden("mixtral_hf").directory.parent / name for name in ("lora_float64/base", "lora_float64/experts"))

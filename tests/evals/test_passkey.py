@@ -72,7 +72,8 @@ def test_one_wrong_token_is_a_wrong_answer_and_filling_up_is_not_counted(tokeniz
     assert ask(read, prompts, 4).tolist() == [False, True, True, True, False]
 
 
-@pytest.mark.parametrize("scaling", ["none", pytest.param("dynamic:2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scaling", ["none", "dynamic:2"])
+@pytest.mark.slow
 def test_one_pass_over_the_answer_is_greedy_decoding(model, variables, tokenizer, scaling):
     scaled = scale_model(model, parse_scaling(scaling), 32)
     prompts = make_prompts(tokenizer, 150, 0.5, 2, seed=0)

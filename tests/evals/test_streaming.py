@@ -96,6 +96,7 @@ def test_the_text_repeats_after_its_period(place):
     assert len(set(stream[1:51].tolist())) > 10
 
 
+@pytest.mark.slow
 def test_the_report_compares_the_last_tokens_with_early_ones(place, capsys, tmp_path):
     folder, _ = place
     named = {"checkpoint": str(folder / "model"), "text": str(folder / "text"), "json": "-", "figure": str(tmp_path / "figure.svg")}

@@ -38,9 +38,9 @@ def random_variables(model):
     return {"params": jax.tree.map(lambda a: jnp.asarray(random.normal(0.1, scale, a.shape), a.dtype), abstract_parameters(model.config))}
 
 
-# The plain wirings of both families are those of the reference data, which test_golden.py compares with.
-PLAIN = ("mixtral", "arctic", "arctic, not parallel")
-PARAMETERS = [pytest.param(name, marks=pytest.mark.slow) if name in PLAIN else name for name in WIRINGS]
+# The plain wirings of both families, one expert and a window are those of the reference data, which test_golden.py compares with.
+GOLDEN = ("mixtral", "arctic", "arctic, not parallel", "arctic, one expert, window")
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow) if name in GOLDEN else name for name in WIRINGS]
 
 
 @pytest.fixture(scope="module", params=PARAMETERS)
@@ -103,12 +103,9 @@ def test_sorted_equals_dense(model_and_variables):
 
 @pytest.mark.parametrize(
     ("name", "remat"),
-    [
-        pytest.param("mixtral", "full", marks=pytest.mark.slow),
-        pytest.param("arctic", "dots", marks=pytest.mark.slow),
-        ("arctic, every second layer, a layer over", "full"),
-    ],
+    [("mixtral", "full"), ("arctic", "dots"), ("arctic, every second layer, a layer over", "full")],
 )
+@pytest.mark.slow
 def test_recomputing_changes_no_gradient(name, remat):
     model = Transformer(WIRINGS[name])
     variables, tokens = random_variables(model), tokens_of(model.config)
@@ -193,6 +190,7 @@ def test_labels_below_zero_do_not_count(model_and_variables):
     assert float(nothing.ce) == 0.0
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_with_float32_weights_stays_close():
     model = Transformer(dataclasses.replace(SMALL, dtype="bfloat16", initializer_range=0.1))
     variables = {"params": init_parameters(model, jax.random.key(0))}

@@ -28,7 +28,7 @@ def make(rows, per_token, skew):
 
 @pytest.mark.parametrize("skew", ["none", "all to one", "one gets none"])
 @pytest.mark.parametrize("per_token", [1, 2, EXPERTS])
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 40])  # few rows: test_dispatch_few.py
 def test_sorted_equals_dense(rows, per_token, skew):
     x, logits, weights, per_token = make(rows, per_token, skew)
 

@@ -48,6 +48,7 @@ def expected_reply(messages, model=MODEL) -> str:
     return TOKENIZER.decode(reply_ids(messages, model))
 
 
+@pytest.mark.slow
 def test_a_reply_is_that_to_the_whole_conversation():
     conversation = make()
     history = []

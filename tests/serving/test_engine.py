@@ -184,6 +184,7 @@ def test_int8_keeps_what_greedy_decoding_says_nearly():
         assert found != known
 
 
+@pytest.mark.slow
 def test_text_that_was_taken_is_forgotten():
     """So that a text without end needs no memory; what comes after it is what would have come."""
     settings = GenerationSettings(12, temperature=1.0, seed=3, ignore_eos=True, logprobs=0)
@@ -248,6 +249,7 @@ def test_sizes_are_rounded_up_to_few():
     assert Engine(MODEL, VARIABLES, cache=CacheConfig("sinks")).shapes([3, 70], [9, 9]) == (2, 128, 0)
 
 
+@pytest.mark.slow
 def test_shapes_compile_once_per_bucket():
     engine = Engine(Transformer(dataclasses.replace(CONFIG, max_length=4095)), VARIABLES)
     for prompt in ([1, 2, 3], [1] * 20, [1] * 50):
@@ -281,6 +283,7 @@ def test_bad_requests_are_refused(prompts, options, message):
         moejax.generate(MODEL, VARIABLES, None, prompts, **options)
 
 
+@pytest.mark.slow
 def test_going_past_the_model_s_positions_warns():
     short = Transformer(dataclasses.replace(CONFIG, max_length=8))
     with pytest.warns(UserWarning, match="past the 8 positions"):

@@ -69,6 +69,7 @@ def test_every_line_is_answered_in_order(folder):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 40, -1, -30])
+@pytest.mark.slow
 def test_it_goes_on_after_the_last_complete_line(folder, tmp_path, cut):
     whole = (folder / "out.jsonl").read_bytes()
     out = tmp_path / "out.jsonl"
@@ -145,6 +146,7 @@ def test_files_that_are_none(tmp_path, content, said):
         count_answered(tmp_path / "nowhere" / "out.jsonl", [])
 
 
+@pytest.mark.slow
 def test_past_the_model_s_positions_is_told(tmp_path):
     said = []
     answer(write(tmp_path / "in.jsonl", [{"tokens": [3] * 126}]), tmp_path / "out.jsonl", said=said)

@@ -223,6 +223,7 @@ def test_training_in_another_thread(straight, tmp_path):
     assert_equal_trees(results[0], straight[1])
 
 
+@pytest.mark.slow
 def test_unrolled_layers_are_saved_and_resumed_too(straight, tmp_path):
     model = dataclasses.replace(CONFIG.model, scan_layers=False)
 

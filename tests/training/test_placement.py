@@ -48,6 +48,7 @@ def assert_same(ours, expected):
         np.testing.assert_allclose(left, right, atol=2e-5 * max(float(np.max(np.abs(right))), 1e-2), rtol=0)
 
 
+@pytest.mark.slow
 def test_three_steps_on_a_mesh_are_three_steps():
     optimizer = create_optimizer(TrainConfig(steps=10, warmup_steps=0, learning_rate=1e-3))
     mesh = moejax.make_mesh(data=2, fsdp=2, expert=2)

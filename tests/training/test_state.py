@@ -216,6 +216,7 @@ def test_a_fresh_state_has_the_parameters_type_and_the_announced_shapes(optimize
         assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_weights():
     model, optimizer = Transformer(CONFIG), create_optimizer(TrainConfig())
     states = [create_state(model, optimizer, seed).params for seed in (0, 0, 1)]

@@ -70,6 +70,7 @@ def assert_equal_trees(first, second):
 # -- accumulation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parts_of_uneven_weight_give_the_whole_batch_s_gradient(params):
     batch = make_uneven_batch()
     whole, measured = GRADIENTS(MODEL, params, batch, 1)
