@@ -29,6 +29,8 @@ if _DEVICE_FLAG not in os.environ.get("XLA_FLAGS", ""):
 # Tests marked gpu or tpu are run on such a machine with JAX_PLATFORMS naming it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Linux lets a process have 65,530 memory mappings, and each compiled program takes several; far below that they are let go.
+_MANY_MAPPINGS = 20_000
 # Tokens that tests and the commands they start keep: never in the user's home, and gone with the test run.
 _CACHE = tempfile.TemporaryDirectory(prefix="moejax-tests-", ignore_cleanup_errors=True)
 os.environ["MOEJAX_CACHE"] = _CACHE.name
@@ -124,6 +126,17 @@ def golden_fixture():
 def run_command_fixture():
     """The function `run_command`, likewise."""
     return run_command
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """After a module, lets the compiled programs go once they are many: a process without mappings left is killed by the compiler."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
 
 
 class Hopper(NamedTuple):

@@ -18,7 +18,7 @@ from moejax.bench import train
 from moejax.bench.measure import describe_shape, describe_timing, summarise_seconds
 from moejax.bench.output import report
 from moejax.bench.shape import PEER_BATCH, SHAPE_FIELDS, hold_to_peer_shape
-from moejax.config import DataConfig, RunConfig, TrainConfig, UserError
+from moejax.config import DataConfig, RunConfig, TrainConfig, UserError, to_json
 from moejax.training.hardware import read_status
 
 STEPS = 3  # taken by each run: the first step's memory is not the most
@@ -100,8 +100,10 @@ def prepare_run(arguments: Arguments, folder: Path) -> Path:
     )
     prepare(config.data, config.model.vocab_size, folder / "preparing", lambda line: None)
     path = folder / "startup_config.py"
-    imports = "from moejax.config import DataConfig, DistributedConfig, MeshConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig"
-    path.write_text(f'"""A few steps, to see how soon the first one is done."""\n\n{imports}\n\n\ndef config():\n    return {config!r}\n')
+    path.write_text(
+        '"""A few steps, to see how soon the first one is done."""\n\nfrom moejax.config import run_from_json\n\n\n'
+        f"def config():\n    return run_from_json({to_json(config)!r})\n"
+    )
     return path
 
 
@@ -133,7 +135,8 @@ def time_start(script: Path, config: Path, directory: Path, programs: Path) -> S
             process.wait()
     if not first:
         lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise UserError(f"{script.name} did not come to its first step within {LONGEST:.0f} s; its last words: {lines[-1]}")
+        seconds = time.perf_counter() - started
+        raise UserError(f"{script.name} ended before its first step, or was stopped, after {seconds:.0f} s; its last words: {lines[-1]}")
     shutil.rmtree(directory, ignore_errors=True)
     return Start(first, peak)
 
