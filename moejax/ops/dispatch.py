@@ -18,7 +18,7 @@ from moejax.ops.expert_mlp import ExpertWeights, expert_mlp
 from moejax.ops.grouped import SPARE_ROWS
 from moejax.ops.matmul import precision_of
 from moejax.ops.routing import Routing
-from moejax.ops.rows import count_groups, sort_groups, sum_choices, take_rows
+from moejax.ops.rows import combine_rows, count_groups, sort_groups, take_rows
 
 
 def apply_experts(
@@ -56,7 +56,7 @@ def apply_experts_sorted(x: Float[Array, "M D"], routing: Routing, weights: Expe
     order, place = sort_by_expert(routing.experts)
     group_sizes = count_groups(routing.experts.reshape(-1), weights.gate.shape[0])
     outputs = expert_mlp(spread_rows(x, order, place), weights, group_sizes, SPARE_ROWS)
-    return sum_choices(routing.weights, collect_rows(outputs, place, order))
+    return combine_rows(routing.weights, outputs, place, _with_spare(order, order.shape[0]))
 
 
 def sort_by_expert(experts: Int[Array, "M A"]) -> tuple[Int[Array, "MA"], Int[Array, "MA"]]:
@@ -69,11 +69,6 @@ def sort_by_expert(experts: Int[Array, "M A"]) -> tuple[Int[Array, "MA"], Int[Ar
 
 def _with_spare(index: Int[Array, "MA"], nothing: int) -> Int[Array, "sorted"]:
     return jnp.pad(index, (0, SPARE_ROWS), constant_values=nothing)
-
-
-def collect_rows(rows: Float[Array, "sorted D"], place: Int[Array, "MA"], order: Int[Array, "MA"]) -> Float[Array, "MA D"]:
-    """From sorted rows (spare ones behind them) back to the order of the choices: rows[place]; `order` is its inverse."""
-    return jnp.asarray(take_rows(rows, place, _with_spare(order, order.shape[0])[:, None]))
 
 
 def spread_rows(x: Float[Array, "M D"], order: Int[Array, "MA"], place: Int[Array, "MA"]) -> Float[Array, "sorted D"]:

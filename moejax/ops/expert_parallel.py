@@ -18,7 +18,7 @@ from moejax.ops.expert_mlp import ExpertWeights, expert_mlp
 from moejax.ops.grouped import SPARE_ROWS
 from moejax.ops.matmul import precision_of
 from moejax.ops.routing import Routing
-from moejax.ops.rows import count_groups, invert, sort_groups, sum_choices, take_rows
+from moejax.ops.rows import combine_rows, count_groups, invert, sort_groups, take_rows
 
 Result = tuple[Float[Array, "M D"], Int[Array, ""]]
 
@@ -30,7 +30,7 @@ def apply_local(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights
     num_experts = weights.gate.shape[0]
     local = jnp.where((local >= 0) & (local < num_experts), local, num_experts)
     outputs, place = _run_sorted(x, local, weights, per_token)
-    return sum_choices(routing.weights, take_rows(outputs, place, invert(place, outputs.shape[0])[:, None]))
+    return combine_rows(routing.weights, outputs, place, invert(place, outputs.shape[0]))
 
 
 def _run_sorted(x: Array, local: Int[Array, "N"], weights: ExpertWeights, per_row: int) -> tuple[Array, Array]:
@@ -82,7 +82,7 @@ def apply_ragged(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeight
     outputs, back = _run_sorted(received, local, weights, 1)
     outputs = take_rows(outputs, back, invert(back, outputs.shape[0])[:, None])
     outputs = exchange_rows(outputs, exchange.reversed(), count, axis)
-    y = sum_choices(routing.weights, take_rows(outputs, place, order[:, None]))
+    y = combine_rows(routing.weights, outputs, place, order)
     return y, jnp.sum(wanted[me] - moved[me]).astype(jnp.int32)
 
 
@@ -113,8 +113,7 @@ def apply_slots(x: Float[Array, "M D"], slots: Slots, weights: ExpertWeights, ax
     if axis is not None:
         outputs = lax.all_to_all(outputs, axis, 0, 0, tiled=True)
     outputs = outputs.reshape(-1, x.shape[1])
-    mine = take_rows(outputs, slots.slot.reshape(-1), slots.choice[:, None])
-    return sum_choices(slots.routing.weights, mine), slots.dropped
+    return combine_rows(slots.routing.weights, outputs, slots.slot.reshape(-1), slots.choice), slots.dropped
 
 
 def _batched_mlp(x: Float[Array, "E C D"], weights: ExpertWeights) -> Float[Array, "E C D"]:

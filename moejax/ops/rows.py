@@ -21,8 +21,9 @@ def _take(rows: Array, index: Array) -> Array:
 
 
 def _backward(places: Array, gradient: Array):
-    taken = _take(gradient, places.reshape(-1)).reshape(*places.shape, -1)
-    return jnp.sum(taken, axis=1), None, None
+    num_rows, most = places.shape
+    taken = _take(gradient, places.T.reshape(-1)).reshape(most, num_rows, -1)  # see combine_rows
+    return jnp.sum(taken, axis=0), None, None
 
 
 take_rows.defvjp(lambda rows, index, places: (_take(rows, index), places), _backward)
@@ -45,7 +46,17 @@ def sort_groups(groups: Int[Array, "N"]) -> tuple[Int[Array, "N"], Int[Array, "N
     return order, jnp.argsort(order).astype(jnp.int32)
 
 
-def sum_choices(weights: Float[Array, "M A"], outputs: Float[Array, "MA D"]) -> Float[Array, "M D"]:
-    """The outputs of each row's choices (row * A + rank), added up in float32 with their weights; in the type of `outputs`."""
-    wide = outputs.reshape(*weights.shape, -1).astype(jnp.float32)
-    return jnp.sum(weights[:, :, None] * wide, axis=1).astype(outputs.dtype)
+def combine_rows(
+    weights: Float[Array, "M A"], outputs: Float[Array, "R D"], place: Int[Array, "MA"], choice: Int[Array, "R"]
+) -> Float[Array, "M D"]:
+    """The outputs of each row's choices, added up in float32 with their weights; in the type of `outputs`.
+
+    place[n] is where the output of choice n (row * A + rank) lies, R for none; choice[r] is whose output r is, M * A for nobody's.
+    All first choices are brought back before all second ones: as [M, A, D] a TPU would keep A rows of D in tiles of A rows, most of
+    them empty.
+    """
+    num_rows, per_token = weights.shape
+    back = jnp.where(choice < num_rows * per_token, choice % per_token * num_rows + choice // per_token, num_rows * per_token)
+    by_rank = jnp.asarray(take_rows(outputs, place.reshape(num_rows, per_token).T.reshape(-1), back[:, None]))
+    wide = by_rank.reshape(per_token, num_rows, -1).astype(jnp.float32)
+    return jnp.sum(weights.T[:, :, None] * wide, axis=0).astype(outputs.dtype)

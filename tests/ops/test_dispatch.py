@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from moejax.ops.dispatch import apply_experts, collect_rows, sort_by_expert, spread_rows
+from moejax.ops.dispatch import apply_experts, sort_by_expert, spread_rows
 from moejax.ops.expert_mlp import ExpertWeights
+from moejax.ops.grouped import SPARE_ROWS
 from moejax.ops.routing import Routing, route
+from moejax.ops.rows import combine_rows
 
 EXPERTS, WIDTH, FEED_FORWARD = 6, 8, 10
 
@@ -63,10 +65,19 @@ def test_permuted_experts_give_the_same_output():
 def test_moves_of_rows_have_the_gradient_of_indexing():
     x = jax.random.normal(jax.random.key(0), (5, 3))
     order, place = sort_by_expert(jnp.array([[1, 0], [2, 1], [0, 2], [1, 2], [0, 1]]))
-    scale = jax.random.normal(jax.random.key(1), (10, 3))
-    ours = jax.grad(lambda x: jnp.sum(scale * jnp.sin(collect_rows(spread_rows(x, order, place), place, order))))(x)
-    expected = jax.grad(lambda x: jnp.sum(scale * jnp.sin(x[order // 2][place])))(x)
-    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    scale, weights = jax.random.normal(jax.random.key(1), (10, 3)), jax.random.uniform(jax.random.key(2), (5, 2))
+    choice = jnp.pad(order, (0, SPARE_ROWS), constant_values=10)  # spare rows behind
+
+    def ours(x: jax.Array, weights: jax.Array) -> jax.Array:
+        moved = jnp.pad(scale, ((0, SPARE_ROWS), (0, 0))) * jnp.sin(spread_rows(x, order, place))
+        return jnp.sum(jnp.cos(combine_rows(weights, moved, place, choice)))
+
+    def plain(x: jax.Array, weights: jax.Array) -> jax.Array:
+        moved = (scale * jnp.sin(x[order // 2]))[place].reshape(5, 2, 3)
+        return jnp.sum(jnp.cos(jnp.sum(weights[:, :, None] * moved, axis=1)))
+
+    for made, expected in zip(jax.grad(ours, (0, 1))(x, weights), jax.grad(plain, (0, 1))(x, weights), strict=True):
+        np.testing.assert_allclose(made, expected, atol=1e-6)
 
 
 def test_unknown_dispatch_is_refused():
