@@ -81,7 +81,7 @@ def apply_ragged(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeight
     local = _experts_of_received(sizes[:, me], moved[:, me], buffer_rows)
     outputs, back = _run_sorted(received, local, weights, 1)
     outputs = take_rows(outputs, back, invert(back, outputs.shape[0])[:, None])
-    outputs = exchange_rows(outputs, exchange.reversed(), count, axis)
+    outputs = jnp.asarray(exchange_rows(outputs, exchange.reversed(), count, axis))
     y = combine_rows(routing.weights, outputs, place, order)
     return y, jnp.sum(wanted[me] - moved[me]).astype(jnp.int32)
 

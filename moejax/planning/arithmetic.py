@@ -45,8 +45,10 @@ def dot_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def convolution_flops(computation: Computation, instruction: Instruction) -> float:
-    """FLOP of a convolution, which is what TPUs make of a matmul: batches are spatial dimensions of it, of which only meeting places count."""
-    sides, _, out_labels = re.search(r"dim_labels=(\S+?)(?:,|$)", instruction.attributes)[1].partition("->")  # pyright: ignore[reportOptionalSubscript]
+    """FLOP of a convolution, which is what TPUs make of a matmul: batches are spatial dimensions, of which only places that meet count."""
+    found = re.search(r"dim_labels=(\S+?)(?:,|$)", instruction.attributes)
+    assert found is not None
+    sides, _, out_labels = found[1].partition("->")
     in_labels, _, kernel_labels = sides.partition("_")
     inputs, kernel = (computation.by_name[name].shapes[0].sizes for name in instruction.operands[:2])
     result = instruction.shapes[0].sizes

@@ -11,6 +11,7 @@ has every s-th chip only shares its links with s - 1 other groups. A step to the
 as fast as the data centre's network lets a chip be.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def find_group(members: Sequence[int], mesh: Mesh, topology: Topology) -> Group:
     for dimension in range(len(topology.shape)):
         along = sorted({place[dimension] for place in coordinates})
         if len(along) > 1:
-            stride = min(after - before for before, after in zip(along, along[1:], strict=False))
+            stride = min(after - before for before, after in itertools.pairwise(along))
             closes = len(along) * stride == topology.shape[dimension] and topology.is_ring(dimension)
             spans.append(Span(dimension, len(along), stride, closes))
     return Group(len(members), axes, tuple(spans), len(slices) > 1, len(members) // max(len(set(coordinates)) * len(slices), 1) or 1)
