@@ -5,6 +5,7 @@
     python train.py configs/finetune.py --init-from DIR --data.path my.jsonl      goes on from a checkpoint's weights, docs/finetuning.md
     python train.py configs/arctic_480b.py --summary         what the model is made of; nothing is allocated
     python train.py configs/arctic_480b.py --data-plan       what is read when: stages, domains, tokens, epochs; nothing is prepared
+    python train.py configs/arctic_480b.py --plan v5p:8x8x16     memory, time and communication there, from its compiled step; docs/plans
 
 The run lives in runs/<name> (or --run-dir): config.json, data.json, tokenizer.model, metrics.jsonl, checkpoints/ and more
 (docs/training.md). The same command goes on where the run stopped; `moejax-report runs/<name>` makes a page of it. Several hosts run the
@@ -35,12 +36,15 @@ HERE = Path(__file__).resolve().parent
 FLAGS = {
     "--summary": "print the parameters by kind of module, and stop",
     "--data-plan": "print stages, domains, tokens and epochs, and stop",
+    "--plan TOPOLOGY": "compile the step for v5p:8x8x16, 2*v5p:8x8x8 (slices), local ...; print memory, time, communication; stop",
+    "--plan-search SECONDS": "with --plan: try meshes and remat policies for so long, and print which are worth having",
+    "--plan-json FILE": "with --plan: write what it found there too",
 }
 
 
 def main(argv: list[str]) -> None:
     """Reads the configuration; trains, or prints what a flag asks for."""
-    config, _, flags = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS, complete)
+    config, _, flags, values = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS, complete)
     if "--summary" in flags:
         from moejax.families.counts import summarise
 
@@ -50,7 +54,11 @@ def main(argv: list[str]) -> None:
         from moejax.data.prepare import find_prepared_tokens
 
         print(describe_plan(config, find_prepared_tokens(config.data, config.model.vocab_size, Path(config.directory))))
-    if flags:
+    if values:
+        from moejax.training.plan_command import plan
+
+        plan(config, values)
+    if flags or values:
         return
     join_processes(config.distributed)
     with ending_together(), explaining_full_disk(config):

@@ -32,11 +32,12 @@ _TRUTH = {"true": True, "false": False}
 
 
 class ParsedRun(NamedTuple):
-    """What `parse_run` found: the run, the file it came from, and the command's own flags that were given."""
+    """What `parse_run` found: the run, the file it came from, the command's own flags that were given, and the values of those with one."""
 
     config: RunConfig
     path: Path
     flags: frozenset[str]
+    values: dict[str, str]
 
 
 class AtOnce(KeyboardInterrupt):
@@ -79,14 +80,16 @@ def parse_run(
     """Reads `[CONFIG.py] [--flag] [--section.field value ...]`, the config file anywhere among the flags.
 
     `default_path` is the config used when none is named; `flags` maps each flag of the command itself (`"--summary"`) to
-    its line of help. `complete` may fill in what the file leaves open, before flags have their say: it gets the file's config
-    with the run's name and directory and `init_from` as the flags set them. Raises UserError for a config that is missing or
-    wrong, an unknown flag and values that cannot work together; exits with status 0 after `--help`, and 2 after tyro's message for
-    a value of the wrong type.
+    its line of help, one that takes a value being named with it (`"--plan TOPOLOGY"`). `complete` may fill in what the file leaves
+    open, before flags have their say: it gets the file's config with the run's name and directory and `init_from` as the flags set
+    them. Raises UserError for a config that is missing or wrong, an unknown flag and values that cannot work together; exits with
+    status 0 after `--help`, and 2 after tyro's message for a value of the wrong type.
     """
-    own_flags = dict(flags or {})
-    given = frozenset(token for token in argv if token in own_flags)
-    rest = [token for token in argv if token not in own_flags]
+    help_of_flags = dict(flags or {})
+    own_flags = {name.partition(" ")[0]: text for name, text in help_of_flags.items()}
+    values, rest = _take_values(argv, [name for name in help_of_flags if " " in name])
+    given = frozenset(token for token in rest if token in own_flags)
+    rest = [token for token in rest if token not in own_flags]
     path, rest = _take_config_path(rest, Path(default_path))
     config, description = load_config(path, Path(default_path).parent)
     if complete is not None and not _wants_help(rest):
@@ -95,10 +98,28 @@ def parse_run(
     where = _display(path)
     help_lines = ["config file:", f"  a Python file with config() -> RunConfig, anywhere among the flags; here {where}"]
     if own_flags:
-        help_lines += ["", "flags of this command:", *(f"  {name}  {text}" for name, text in own_flags.items())]
+        help_lines += ["", "flags of this command:", *(f"  {name}  {text}" for name, text in help_of_flags.items())]
     help_lines += ["", "example:", f"  python {program} {where} --run-dir runs/mine --train.steps 20 --model.num-experts 4"]
     config = parse(rest, config, description=description, epilogue="\n".join(help_lines), also_known=own_flags)
-    return ParsedRun(config, path, given)
+    return ParsedRun(config, path, given, values)
+
+
+def _take_values(argv: Sequence[str], flags: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Values of the command's own flags (each `"--plan TOPOLOGY"`), and what is left. Raises UserError for one without a value."""
+    names = {name: placeholder for name, _, placeholder in (flag.partition(" ") for flag in flags)}
+    values, rest, tokens = {}, [], list(argv)
+    while tokens:
+        name, equals, value = tokens[0].partition("=")
+        tokens.pop(0)
+        if name not in names:
+            rest.append(f"{name}{equals}{value}")
+        elif equals:
+            values[name] = value
+        elif tokens and not tokens[0].startswith("--"):
+            values[name] = tokens.pop(0)
+        else:
+            raise UserError(f"{name} needs a value; give {name} {names[name]}")
+    return values, rest
 
 
 def parse(

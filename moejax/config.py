@@ -53,6 +53,7 @@ class ModelConfig:
 
     moe_every: int = 1  # layer l is an MoE layer iff (l + 1) % moe_every == 0, else a dense layer
     residual_mlp: bool = True  # Arctic: a dense MLP of width hidden_size beside the MoE, which reads the layer's input
+    residual_order: Literal["parallel", "sequential"] = "parallel"  # sequential: the experts behind the dense MLP, reading what it adds to
     top_1_weight: Literal["one", "probability"] = "probability"  # weight of the expert when experts_per_token is 1
     attention_window: int | None = None  # keys a query sees, itself included; None: all before it
     router_aux_loss_kind: Literal["pooled", "per_layer"] = "per_layer"  # Mixtral's (masked, pooled), or Arctic's (all positions, summed)
@@ -82,6 +83,7 @@ class ModelConfig:
             "capacity_factor", "ragged_buffer_factor",
         )  # fmt: skip
         require_choice("model", self, "dispatch", get_args(DispatchName))
+        require_choice("model", self, "residual_order", ("parallel", "sequential"))
         require_choice("model", self, "top_1_weight", ("one", "probability"))
         require_choice("model", self, "router_aux_loss_kind", ("pooled", "per_layer"))
         require_choice("model", self, "dtype", ("float32", "bfloat16", "float16"))
@@ -203,6 +205,7 @@ class TrainConfig:
     tensorboard: bool = True  # event files in the run's directory
     wandb: str | None = None  # project of Weights & Biases that the metrics go to as well; needs the wandb package
     profile_steps: str | None = None  # FIRST:LAST, both included: a trace of these steps in the run's directory
+    compiler_options: Literal["overlap", "default"] = "overlap"  # moejax/compiler_options.py; default: XLA's own
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -213,6 +216,7 @@ class TrainConfig:
         )  # fmt: skip
         require_choice("train", self, "optimizer", get_args(OptimizerName))
         require_choice("train", self, "schedule", get_args(ScheduleName))
+        require_choice("train", self, "compiler_options", ("overlap", "default"))
         for name in ("warmup_steps", "eval_every", "keep_every", "router_bias_rate", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name}={getattr(self, name)} must not be negative; set --train.{name.replace('_', '-')}")

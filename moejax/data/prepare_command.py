@@ -22,7 +22,7 @@ def run(argv: list[str]) -> None:
         print(__doc__)
         return
     words = [f"--data.{word[2:]}" if word.partition("=")[0] == "--workers" else word for word in argv[1:]]
-    config, path, _ = parse_run(words, Path("configs", "tiny.py"))
+    config, path, *_ = parse_run(words, Path("configs", "tiny.py"))
     prepare_run(config)
     print(f"ready to train: python train.py {path}", flush=True)
 

@@ -57,7 +57,8 @@ def reach_experts(
     inputs: TokenInputs,
 ) -> tuple[Float[Array, "B T D"], Routing, Array]:
     """(weighted sums of the experts' outputs, the routing [B, T, A], choices dropped); `bias` is added to the choice of experts alone."""
-    run = functools.partial(_run, config, choose_dispatch(config, mesh, x.shape))
+    has_ragged = mesh is not None and mesh.devices.flat[0].platform != "cpu"
+    run = functools.partial(_run, config, choose_dispatch(config, mesh, x.shape), has_ragged)
     if mesh is None:
         return run(None, x, logits, bias, weights, inputs)
     return _on_mesh(run, mesh, x, logits, bias, weights, inputs)
@@ -66,6 +67,7 @@ def reach_experts(
 def _run(
     config: ModelConfig,
     kind: str,
+    has_ragged: bool,
     axis: str | None,
     x: Array,
     logits: Array,
@@ -94,7 +96,7 @@ def _run(
         elif kind == "gather":
             out, dropped = expert_parallel.apply_gathered(x, taken, weights, str(axis))
         elif kind == "ragged":
-            out, dropped = expert_parallel.apply_ragged(x, taken, weights, str(axis), config.ragged_buffer_factor)
+            out, dropped = expert_parallel.apply_ragged(x, taken, weights, str(axis), config.ragged_buffer_factor, has_ragged)
         else:
             out = apply_experts(x, routing, weights, "dense" if kind == "dense" else "sorted")
     routing = Routing(*(part.reshape(*shape[:-1], per_token) for part in routing))

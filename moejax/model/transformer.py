@@ -76,13 +76,18 @@ class Block(nn.Module):
         if not self.is_moe:
             out = after + MLP(config, config.intermediate_size, name="mlp")(RMSNorm(config, name="mlp_norm")(after))
             return out, cache, None
-        # With the dense residual, the experts read the layer's input: neither branch waits for the other.
-        moe_input = x if config.residual_mlp else after
+        # Beside the dense residual, the experts read the layer's input: neither branch waits for the other, and while rows travel to
+        # their experts and back, attention and residual can run.
+        is_parallel = config.residual_mlp and config.residual_order == "parallel"
+        if config.residual_mlp and not is_parallel:
+            after = self.add_residual(after)
         tokens = dataclasses.replace(inputs.tokens, noise=noise)
-        moe_out, router = MoE(config, self.mesh, name="moe")(RMSNorm(config, name="moe_norm")(moe_input), tokens)
-        if config.residual_mlp:
-            after = after + MLP(config, config.hidden_size, name="residual")(RMSNorm(config, name="residual_norm")(after))
-        return after + moe_out, cache, router
+        moe_out, router = MoE(config, self.mesh, name="moe")(RMSNorm(config, name="moe_norm")(x if is_parallel else after), tokens)
+        return (self.add_residual(after) if is_parallel else after) + moe_out, cache, router
+
+    def add_residual(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """x and what the dense residual makes of it."""
+        return x + MLP(self.config, self.config.hidden_size, name="residual")(RMSNorm(self.config, name="residual_norm")(x))
 
 
 class Period(nn.Module):

@@ -12,6 +12,8 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
+LANES, SUBLANES = 128, 8  # of a TPU's tile
+
 
 class Exchange(NamedTuple):
     """Which rows this device sends to each of the P devices of the axis and gets from each. All int32 [P].
@@ -46,22 +48,33 @@ def plan_exchange(wanted: Int[Array, "P P"], buffer_rows: int, axis: str) -> tup
     return Exchange(*(part.astype(jnp.int32) for part in exchange)), moved
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def exchange_rows(rows: Float[Array, "N D"], exchange: Exchange, buffer_rows: int, axis: str) -> Float[Array, "R D"]:
-    """The rows that the devices of `axis` send to this one, in a buffer of `buffer_rows`; zeros where none comes."""
-    return _exchange(rows, exchange, buffer_rows, axis)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def exchange_rows(rows: Float[Array, "N D"], exchange: Exchange, buffer_rows: int, axis: str, has_ragged: bool) -> Float[Array, "R D"]:
+    """The rows that the devices of `axis` send to this one, in a buffer of `buffer_rows`; zeros where none comes.
+
+    `has_ragged`: whether the devices have a ragged all-to-all. Said here and not decided when the program is lowered: a branch, even of
+    one side, has its own schedule, and what travels in it cannot be overlapped with the work outside.
+    """
+    return _exchange(rows, exchange, buffer_rows, axis, has_ragged)
 
 
-def _exchange(rows: Array, exchange: Exchange, buffer_rows: int, axis: str) -> Array:
+def _exchange(rows: Array, exchange: Exchange, buffer_rows: int, axis: str, has_ragged: bool) -> Array:
     into = jnp.zeros((buffer_rows, rows.shape[1]), rows.dtype)
-
-    def ragged(rows: Array, into: Array, exchange: Exchange) -> Array:
-        return lax.ragged_all_to_all(
-            rows, into, exchange.first_sent, exchange.sent, exchange.first_there, exchange.received, axis_name=axis
-        )
-
-    padded = functools.partial(exchange_padded, axis=axis)
-    return lax.platform_dependent(rows, into, exchange, cpu=padded, default=ragged)
+    if not has_ragged:
+        return exchange_padded(rows, into, exchange, axis)
+    # A row must lie in one piece to travel. Left to itself a TPU cuts it in two and keeps tiles of two lines; these are whole tiles.
+    width = rows.shape[1]
+    tiled = (width // LANES, LANES) if width % (LANES * SUBLANES) == 0 else (width,)
+    out = lax.ragged_all_to_all(
+        rows.reshape(-1, *tiled),
+        into.reshape(-1, *tiled),
+        exchange.first_sent,
+        exchange.sent,
+        exchange.first_there,
+        exchange.received,
+        axis_name=axis,
+    )
+    return out.reshape(into.shape)
 
 
 def exchange_padded(rows: Float[Array, "N D"], into: Float[Array, "R D"], exchange: Exchange, axis: str) -> Float[Array, "R D"]:
@@ -84,13 +97,13 @@ def exchange_padded(rows: Float[Array, "N D"], into: Float[Array, "R D"], exchan
     return jnp.where(jnp.any(from_sender, axis=1)[:, None], taken, into)
 
 
-def _forward(rows: Array, exchange: Exchange, buffer_rows: int, axis: str):
-    return _exchange(rows, exchange, buffer_rows, axis), (exchange, rows.shape[0])
+def _forward(rows: Array, exchange: Exchange, buffer_rows: int, axis: str, has_ragged: bool):
+    return _exchange(rows, exchange, buffer_rows, axis, has_ragged), (exchange, rows.shape[0])
 
 
-def _backward(buffer_rows: int, axis: str, saved, gradient: Array):
+def _backward(buffer_rows: int, axis: str, has_ragged: bool, saved, gradient: Array):
     exchange, num_rows = saved
-    return _exchange(gradient, exchange.reversed(), num_rows, axis), None
+    return _exchange(gradient, exchange.reversed(), num_rows, axis, has_ragged), None
 
 
 exchange_rows.defvjp(_forward, _backward)

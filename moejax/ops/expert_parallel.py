@@ -57,11 +57,19 @@ def apply_gathered(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeig
     return lax.psum_scatter(partial, axis, tiled=True), jnp.int32(0)
 
 
-def apply_ragged(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights, axis: str, buffer_factor: float | None = None) -> Result:
+def apply_ragged(
+    x: Float[Array, "M D"],
+    routing: Routing,
+    weights: ExpertWeights,
+    axis: str,
+    buffer_factor: float | None = None,
+    has_ragged: bool = False,
+) -> Result:
     """Every choice's row goes to the device of its expert, and the result back: a row moves A times at most, whatever P.
 
     Each device has room for `buffer_factor` * M * A rows, what it would get from an even router times the factor; None is P, all
     there are, with which nothing is ever dropped. What finds no room is dropped: its weight is lost to its token, and it is counted.
+    `has_ragged`: see `exchange_rows`; False works everywhere, and sends P times as much.
     """
     num_rows, per_token = routing.experts.shape
     count, num_devices, num_local = num_rows * per_token, lax.axis_size(axis), weights.gate.shape[0]
@@ -77,11 +85,11 @@ def apply_ragged(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeight
     me = lax.axis_index(axis)
 
     rows = take_rows(x, order // per_token, place.reshape(-1, per_token))
-    received = jnp.asarray(exchange_rows(rows, exchange, buffer_rows, axis))
+    received = jnp.asarray(exchange_rows(rows, exchange, buffer_rows, axis, has_ragged))
     local = _experts_of_received(sizes[:, me], moved[:, me], buffer_rows)
     outputs, back = _run_sorted(received, local, weights, 1)
     outputs = take_rows(outputs, back, invert(back, outputs.shape[0])[:, None])
-    outputs = jnp.asarray(exchange_rows(outputs, exchange.reversed(), count, axis))
+    outputs = jnp.asarray(exchange_rows(outputs, exchange.reversed(), count, axis, has_ragged))
     y = combine_rows(routing.weights, outputs, place, order)
     return y, jnp.sum(wanted[me] - moved[me]).astype(jnp.int32)
 

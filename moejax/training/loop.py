@@ -16,7 +16,7 @@ from moejax.training.placement import place_batches
 from moejax.training.recorder import Recorder, Silence
 from moejax.training.saving import Saver
 from moejax.training.state import TrainState, abstract_state, begin_state, create_optimizer, create_state
-from moejax.training.step import check_finite, step_options, train_step
+from moejax.training.step import check_finite, step_options, train_step_for
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Trainer:
         """Trains to config.steps, saving on the way and when interrupted (then KeyboardInterrupt is raised)."""
         train, steps = self.config.train, self.config.steps
         start, options = int(state.step), step_options(train)
+        step = train_step_for(jax.default_backend(), train.compiler_options)
         with interruption() as own, self.open_recorder(start, self.began) as recorder, self.saver as saver:
             interrupted = Agreement(own)
             batches = place_batches(self.model.mesh, train.batch_size, self.batches_from(saver.first_batch(start)))
@@ -56,7 +57,7 @@ class Trainer:
             for done in range(start + 1, steps + 1):
                 with recorder.timing("data"):
                     batch = next(batches)
-                state, metrics = train_step(self.model, self.optimizer, state, batch, options)
+                state, metrics = step(self.model, self.optimizer, state, batch, options)
                 recorder.end_step(done, metrics)
                 saver.poll()
                 if before is not None:

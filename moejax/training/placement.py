@@ -1,6 +1,7 @@
 """Where a run's state and its batches lie on the model's mesh; without one, where jax puts them."""
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,6 +60,16 @@ def describe_placed(model: Transformer, optimizer: optax.GradientTransformation,
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(describe, state, state_shardings(model, optimizer, state))
+
+
+def part_bytes(tree: Any) -> int:
+    """Bytes of one device's part of a tree of arrays or shapes, those with a sharding divided by it."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total
 
 
 def rows_of_process(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:

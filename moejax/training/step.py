@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
+from moejax.compiler_options import options_for
 from moejax.config import ModelConfig, TrainConfig, UserError
 from moejax.model.transformer import Outputs, Transformer
 from moejax.training.balancing import load_entropy, load_max_over_mean, move_biases
@@ -43,8 +44,7 @@ class Measured:
     dropped: Int[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=2)
-def train_step(
+def _train_step(
     model: Transformer, optimizer: optax.GradientTransformation, state: TrainState, batch: Any, options: StepOptions = DEFAULT_OPTIONS
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimiser step on one Batch; the state is donated.
@@ -79,6 +79,18 @@ def train_step(
         **_router_metrics(measured.load),
     }
     return place_state(model, optimizer, TrainState(state.step + 1, params, optimizer_state, counters)), metrics
+
+
+train_step = jax.jit(_train_step, static_argnums=(0, 1, 4), donate_argnums=2)
+
+
+@functools.lru_cache(maxsize=8)
+def train_step_for(platform: str, kind: str) -> Any:
+    """`train_step`, compiled as moejax/compiler_options.py says for the platform; `kind` is TrainConfig.compiler_options."""
+    options = options_for(platform, kind)
+    if not options:
+        return train_step
+    return jax.jit(_train_step, static_argnums=(0, 1, 4), donate_argnums=2, compiler_options=options)
 
 
 def compute_gradients(model: Transformer, params: Any, batch: Any, parts: int) -> tuple[Any, Measured]:
