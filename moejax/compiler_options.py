@@ -12,6 +12,7 @@ losses with those of `--train.compiler-options default`.
 
 TPU: dict[str, bool | int | str] = {
     "xla_tpu_enable_async_all_to_all": True,
+    "xla_tpu_enable_async_ragged_all_to_all": True,
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,

@@ -5,6 +5,7 @@ This file is loaded before any test imports jax, which reads these settings once
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -31,6 +32,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Linux lets a process have 65,530 memory mappings, and each compiled program takes several; far below that they are let go.
 _MANY_MAPPINGS = 20_000
+_TESTS_RUN = itertools.count()
 # Tokens that tests and the commands they start keep: never in the user's home, and gone with the test run.
 _CACHE = tempfile.TemporaryDirectory(prefix="moejax-tests-", ignore_cleanup_errors=True)
 os.environ["MOEJAX_CACHE"] = _CACHE.name
@@ -128,10 +130,12 @@ def run_command_fixture():
     return run_command
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _forget_programs():
-    """After a module, lets the compiled programs go once they are many: a process without mappings left is killed by the compiler."""
+    """Lets compiled programs go once they are many: a process without mappings left is killed by the compiler. Looked at now and then."""
     yield
+    if next(_TESTS_RUN) % 10:
+        return
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_bytes().count(b"\n") > _MANY_MAPPINGS:
         import jax

@@ -179,8 +179,8 @@ class _Walk:
         operands = sum(where.by_name[name].bytes for name in inner.operands if name in where.by_name)
         group = find_group(first_group(inner.attributes, self.mesh.size), self.mesh, self.topology)
         moved = moved_bytes(kind, inner, operands)
-        if kind == "ragged-all-to-all":  # its second operand is where rows go to
-            moved = float(where.by_name[inner.operands[0]].bytes)
+        if kind == "ragged-all-to-all":  # from one buffer into another: no more rows than the smaller one has
+            moved = float(min(where.by_name[name].bytes for name in inner.operands[:2]))
         seconds = transfer_seconds(kind, moved, group, self.topology)
         return Collective(kind, inner.op_name or instruction.op_name, 1, moved, group, seconds, is_async), is_async
 
