@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moejax.config import DataConfig, Domain, RunConfig, Stage, TrainConfig
+from moejax.config import DataConfig, Domain, MeshConfig, RunConfig, Stage, TrainConfig
 from moejax.families.arctic import ARCTIC_480B
 
 
@@ -26,7 +26,8 @@ def config() -> RunConfig:
     """The run: the published sizes, three stages, rows of 4,096 tokens, bfloat16 compute over float32 weights."""
     return RunConfig(
         name="arctic_480b",
-        model=dataclasses.replace(ARCTIC_480B, param_dtype="float32", remat="full"),
+        model=dataclasses.replace(ARCTIC_480B, dispatch="capacity", param_dtype="float32", remat="full"),
+        mesh=MeshConfig(expert=128, fsdp=-1),
         data=DataConfig(
             domains=(
                 Domain("web", "data/web"),

@@ -1,8 +1,8 @@
 """Grouped matmul: rows sorted by group, each group of rows times its own output-major weight.
 
 `grouped_matmul` picks by the platform it is compiled for: blocks of rows on CPU, the kernels of `ops.grouped_cuda` on NVIDIA GPUs,
-`lax.ragged_dot` elsewhere. XLA's `ragged_dot` on CPU and GPU multiplies every row by every expert, E times the work; the blocks below
-do only the rows' own. `grouped_matmul_reference` is the slow truth all are tested against.
+`lax.ragged_dot` elsewhere, on TPUs with the weights' gradient of `ops.grouped_tpu`. XLA's `ragged_dot` on CPU and GPU multiplies every
+row by every expert, E times the work; the blocks below do only the rows' own. `grouped_matmul_reference` is the slow truth all are tested against.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
-from moejax.ops import grouped_cuda
+from moejax.ops import grouped_cuda, grouped_tpu
 from moejax.ops.matmul import precision_of
 from moejax.ops.platforms import say_once, trace_at_lowering
 
@@ -42,7 +42,9 @@ def grouped_matmul(x: Rows, weights: Weights, group_sizes: Sizes, spare_rows: in
     The last `spare_rows` rows belong to no group: their results are finite where x is, but mean nothing.
     """
     blocked, cuda = (functools.partial(way, spare_rows=spare_rows) for way in (grouped_matmul_blocked, grouped_matmul_cuda))
-    return lax.platform_dependent(x, weights, group_sizes, cpu=blocked, cuda=cuda, default=grouped_matmul_ragged)
+    return lax.platform_dependent(
+        x, weights, group_sizes, cpu=blocked, cuda=cuda, tpu=grouped_matmul_tpu, default=grouped_matmul_ragged
+    )
 
 
 def grouped_matmul_ragged(x: Rows, weights: Weights, group_sizes: Sizes) -> Float[Array, "M outside"]:
@@ -51,6 +53,32 @@ def grouped_matmul_ragged(x: Rows, weights: Weights, group_sizes: Sizes) -> Floa
         dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
     return lax.ragged_dot_general(x, weights, group_sizes, dimensions, precision=precision_of(x.dtype))
+
+
+def grouped_matmul_tpu(x: Rows, weights: Weights, group_sizes: Sizes) -> Float[Array, "M outside"]:
+    """`grouped_matmul_ragged` with a gradient of the weights that does only the rows' own work, where the kernel for that fits."""
+    if grouped_tpu.why_not(x.shape[1], weights.shape[1], x.dtype) is not None:
+        return grouped_matmul_ragged(x, weights, group_sizes)
+    return jnp.asarray(_tpu(x, weights, group_sizes))
+
+
+@jax.custom_vjp
+def _tpu(x: Array, weights: Array, group_sizes: Array) -> Array:
+    return grouped_matmul_ragged(x, weights, group_sizes)
+
+
+def _tpu_forward(x: Array, weights: Array, group_sizes: Array):
+    return grouped_matmul_ragged(x, weights, group_sizes), (x, weights, group_sizes)
+
+
+def _tpu_backward(saved, gradient: Array):
+    x, weights, group_sizes = saved
+    _, to_rows = jax.vjp(lambda rows: grouped_matmul_ragged(rows, weights, group_sizes), x)
+    like = grouped_tpu.result_shape(gradient, x, group_sizes)
+    return to_rows(gradient)[0], trace_at_lowering(grouped_tpu.weight_gradient, gradient, x, group_sizes, like=like), None
+
+
+_tpu.defvjp(_tpu_forward, _tpu_backward)
 
 
 def grouped_matmul_blocked(x: Rows, weights: Weights, group_sizes: Sizes, spare_rows: int = 0) -> Float[Array, "M outside"]:

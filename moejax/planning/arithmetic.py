@@ -101,10 +101,12 @@ def kernel_flops(computation: Computation, instruction: Instruction, filled: flo
     arrays = [computation.by_name[name].shapes[0] for name in instruction.operands if computation.by_name[name].shapes]
     for prefix, matmuls in _ATTENTION_MATMULS.items():
         if instruction.name.startswith(prefix):
-            heads = [array for array in arrays if len(array.sizes) == 3 and array.type in ("bf16", "f32")]
-            query, key = heads[0], heads[1]
-            seen = (1 + 1 / max(query.sizes[1], 1)) / 2 if query.sizes[1] == key.sizes[1] else 1.0
-            return 2.0 * matmuls * query.count * key.sizes[1] * seen
+            heads = [array for array in arrays if len(array.sizes) > 2 and array.type in ("bf16", "f32")]
+            if len(heads) < 2:
+                return 0.0
+            queries, keys = heads[0].sizes[-2], heads[1].sizes[-2]  # [..., heads, time, width]
+            seen = (1 + 1 / max(queries, 1)) / 2 if queries == keys else 1.0
+            return 2.0 * matmuls * heads[0].count * keys * seen
     if "ragged" in instruction.name or "ragged_dot" in instruction.op_name or "gmm" in instruction.name:
         matrices = [array for array in arrays if array.type in ("bf16", "f32") and len(array.sizes) in (2, 3)]
         if len(matrices) >= 2:

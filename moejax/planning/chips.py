@@ -1,7 +1,6 @@
 """Chips, by their makers' figures, and what is assumed of them. Nothing here was measured by us.
 
-TPU figures: docs.cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e, tpu7x (read November 2026). HBM as those pages give it, in GiB
-(v5e: GB). The bandwidth between chips is given there for both directions of all of a chip's links together; a link carries half of
+TPU figures: docs.cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e, tpu7x (read November 2026). HBM as those pages give it, in GiB. The bandwidth between chips is given there for both directions of all of a chip's links together; a link carries half of
 that, divided by the number of links, each way: v5p 1,200 / 2 / 6 = 100 GB/s. "How to Scale Your Model" (Austin et al. 2025, chapter
 "TPUs") reckons with what transfers reach of it, 90 GB/s; so does this table. It has no figure for tpu7x, for which nine tenths are
 taken. Clocks follow from the peak: multiply-accumulate units of the matrix units times two times the clock (v5p: 2 cores x 4 units x
@@ -32,7 +31,7 @@ class Chip:
 
 CHIPS = {
     "v4": Chip("v4", 32 * GIB, 275e12, 1.2e12, 45e9, 6, 3.1e9, 1.05e9, 4),
-    "v5e": Chip("v5e", 16e9, 197e12, 819e9, 45e9, 4, 3.1e9, 1.5e9, 16),
+    "v5e": Chip("v5e", 16 * GIB, 197e12, 819e9, 45e9, 4, 3.1e9, 1.5e9, 16),
     "v5p": Chip("v5p", 95 * GIB, 459e12, 2765e9, 90e9, 6, 6.25e9, 1.75e9, 4),
     "v6e": Chip("v6e", 32 * GIB, 918e12, 1638e9, 90e9, 4, 12.5e9, 1.75e9, 16),
     "tpu7x": Chip("tpu7x", 96 * GIB, 1153.5e12, 3690e9, 90e9, 6, 6.25e9, 2.2e9, 4, devices_per_chip=2),

@@ -41,6 +41,7 @@ def plan(config: RunConfig, values: dict[str, str]) -> None:
         result = plan_run(config, topology)
         lines = tell_plan(result)
         if not result["fits"]:
+            print("\n".join(lines), "\n\nlooking for the nearest that fits ...", file=sys.stderr, flush=True)
             nearest = find_fitting(config, topology, FITTING_SECONDS)
             result["nearest_that_fits"] = nearest
             lines += ["", describe_nearest(nearest)]
