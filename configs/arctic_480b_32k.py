@@ -14,8 +14,8 @@ are 16 bytes of 478,584,608,768 parameters, 7.66 TB. The mesh divides the expert
 backward pass (`remat` full: the input of each layer) is 35 x 32,768 x 7,168 x 2 bytes = 16.4 GB, so `mesh.context` divides each row
 between 2 chips. Rows on their way to experts have room for twice what an even router sends (`ragged_buffer_factor`): room for the worst
 case would be 32 times it, and does not fit; what finds no room is counted in `dropped_tokens`. 256 rows, one for every 2 chips, are 8.4 M
-tokens a step and 1.7 G in all. `python -m moejax.bench tpu_step` has compiled this step, not run it: 37.0 GB of weights and moments and
-57.1 GB of temporaries a chip.
+tokens a step and 1.7 G in all. `--plan v5p:8x8x8` compiles this step where no TPU is: 37.0 GB of weights and moments and
+57.1 GB of temporaries a chip, when it was last done.
 
 The text is yours. Rows are packed, and a token sees its own document only: what teaches distance are documents of 32,768 tokens and
 more (books, repositories, filings with their annexes), which `data/long` is for. A third is the mixture of the last stage, so that what

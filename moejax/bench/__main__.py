@@ -8,7 +8,7 @@ from moejax.launch import prepare_process
 
 BENCHMARKS = (
     "train", "moe", "decode", "prefill", "startup", "growth", "convert", "data", "save", "storage_order",
-    "tpu_compile", "tpu_prompt", "tpu_step", "gpu",
+    "tpu_compile", "tpu_prompt", "gpu",
 )  # fmt: skip
 
 
