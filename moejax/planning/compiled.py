@@ -78,8 +78,11 @@ def compile_program(lowered: Any, mesh: Mesh, topology: Topology, options: dict[
 
 
 def _needed(message: str) -> int:
-    """Bytes that the compiler's refusal names: 'Used 112.50G of 95.74G hbm'; 0 where it names none."""
-    found = re.search(r"Used ([0-9.]+)([KMGT]?)i?B? of", message)
+    """Bytes that libtpu's refusal names, arguments and results included, whatever it calls them; 0 where it names none.
+
+    'the total memory required for HLO temporaries (26.84G) exceeds available HBM (15.75G)', or 'Used 112.50G of 95.74G hbm'.
+    """
+    found = re.search(r"(?:total memory required for [\w ]*\(|Used )([0-9.]+)([KMGT]?)", message)
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
 
 
