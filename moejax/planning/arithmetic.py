@@ -20,6 +20,8 @@ PREFETCHES = frozenset(("copy-start", "slice-start"))
 _READS_PART = ("dynamic-slice", "slice", "gather")
 # These write into their first operand; the number is that of what they write there.
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
+# A fusion may carry a piece of one of these beside its own work; links are reckoned elsewhere.
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Custom calls that reserve memory or promise something, and do nothing.
 _WORKLESS = re.compile(r'custom_call_target="(?:AllocateBuffer|AssumeGatherIndicesInBound|Sharding|ConcatBitcast)"')
 # Matmuls of a splash attention kernel: scores and values forward; scores again and two or three products backward.
@@ -175,7 +177,7 @@ def _read_part(program: Program, body: Computation, name: str) -> float:
                 total += _read_part(program, called, called.parameters[place])
             elif use.opcode == "bitcast":
                 total += _read_part(program, body, use.name)
-            elif use.opcode != "tuple" and not (use.opcode in _IN_PLACE and place == 0):
+            elif use.opcode not in ("tuple", *_COLLECTIVES) and not (use.opcode in _IN_PLACE and place == 0):
                 return math.inf
     return total
 
@@ -189,7 +191,7 @@ def _written_part(program: Program, body: Computation, shapes: Sequence[ArraySha
     for result, shape in zip(results, shapes, strict=True):
         while result.opcode == "bitcast":
             result = body.by_name[result.operands[0]]
-        if shape.on_core or result.opcode == "parameter":
+        if shape.on_core or result.opcode in ("parameter", *_COLLECTIVES):
             continue
         if result.opcode in _IN_PLACE:
             written += _update_bytes(body, result)

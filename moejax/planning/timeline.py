@@ -139,8 +139,6 @@ class _Walk:
         """An instruction on the cores."""
         flops = count_flops(self.program, computation, instruction, self.filled)
         moved = count_bytes(self.program, computation, instruction)
-        if "async_collective_fusion" in instruction.attributes:
-            moved = 0.0  # what it carries of a collective on its way cannot be told from its own operands; the estimate counts those
         timeline, chip = self.timeline, self.topology.chip
         timeline.flops += flops
         timeline.hbm_bytes += moved
