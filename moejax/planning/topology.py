@@ -71,7 +71,9 @@ def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # one device a chip, as jax counts them on v4; two without this
     try:
         with captured_stderr():  # what libtpu says about a machine without a TPU
             return list(topologies.get_topology_desc(topology_name=topology, platform="tpu", **options).devices)
