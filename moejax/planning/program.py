@@ -152,8 +152,8 @@ def read_program(text: str) -> Program:
             entry = header["name"] if header["entry"] else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
             current.instructions.append(_read_instruction(found["name"], found["rest"], bool(found["root"])))
-        elif current is not None and current.instructions and not line.startswith("}"):
-            current.instructions[-1].attributes += line  # a kernel's own description runs over several lines
+        elif current is not None and current.instructions and line != "}":
+            current.instructions[-1].attributes += line  # a kernel's own description runs over several lines, and may end with }}
     return Program(computations, entry)
 
 
