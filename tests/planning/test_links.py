@@ -10,7 +10,17 @@ import pytest
 
 from moejax.planning.chips import HOP_SECONDS
 from moejax.planning.links import (
-    KINDS, Group, Span, describe_group, find_group, find_pairs, find_permutation, first_group, kind_of, moved_bytes, transfer_seconds,
+    KINDS,
+    Group,
+    Span,
+    describe_group,
+    find_group,
+    find_pairs,
+    find_permutation,
+    first_group,
+    kind_of,
+    moved_bytes,
+    transfer_seconds,
 )  # fmt: skip
 from moejax.planning.program import read_program
 from tests.planning.slices import make_mesh, make_topology

@@ -37,7 +37,7 @@ ENTRY %main.140_spmd (param.14: f32[8,128], param.15: bf16[56,4096,128]) -> f32[
   %while.87 = (s32[]{:T(128)}, bf16[1,4096,7168]{2,1,0:T(8,128)(2,1)}, /*index=2*/f32[35]{0:T(128)}) while(%tuple.1), condition=%wide.region_29.35_spmd.clone, body=%wide.region_2.34_spmd, metadata={op_name="jit(step)/while"}
   ROOT %fusion.9 = f32[8,128]{1,0:T(8,128)} fusion(%copy-done.72), kind=kLoop, calls=%fused.1, backend_config={"window_config":{"estimated_cycles":"108170"}}
 }
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture(scope="module")
