@@ -36,7 +36,7 @@ class Collective:
 
     @property
     def hidden(self) -> float:
-        """Seconds of one run that other work covers."""
+        """Seconds of one run that other work covers. Work that two are on their way during counts for both."""
         return min(self.seconds, self.compute_between)
 
     @property

@@ -5,7 +5,6 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 
-from moejax.bench.tpu_compile import abstract_batch
 from moejax.config import ModelConfig, TrainConfig
 from moejax.families.flops import count_flops as count_by_hand
 from moejax.model.transformer import Transformer
@@ -14,6 +13,7 @@ from moejax.planning.program import read_program
 from moejax.planning.timeline import walk
 from moejax.planning.topology import open_topology
 from moejax.sharding import make_mesh
+from moejax.training.plan import abstract_batch
 from moejax.training.state import abstract_state, create_optimizer
 from moejax.training.step import train_step
 
