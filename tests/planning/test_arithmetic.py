@@ -214,6 +214,15 @@ def test_a_slice_of_the_layers_counts_the_slice():
     assert bytes_of(LAYERS, INDEX, call, before=before) == pytest.approx(1.5 * ONE_LAYER, abs=4)
 
 
+def test_a_slice_of_the_same_bytes_in_another_shape_counts_the_slice():
+    before = fused(
+        LAYERS, INDEX, "%b = f32[35,917504]{1,0} bitcast(%w)", "%s = f32[1,917504]{1,0} dynamic-slice(%b, %i, %i)",
+        "ROOT %n = f32[1,917504]{1,0} negate(%s)", result="f32[1,917504]",
+    )  # fmt: skip
+    call = "ROOT %f = f32[1,917504]{1,0} fusion(%w, %i), kind=kLoop, calls=%fused"
+    assert bytes_of(LAYERS, INDEX, call, before=before) == pytest.approx(2 * ONE_LAYER, abs=4)
+
+
 @pytest.mark.parametrize("use", ["negate(%b)", "add(%b, %b)", "bitcast(%b)"])
 def test_another_use_counts_whatever_the_first_was(use):
     """A parameter sliced through a bitcast and used whole elsewhere is read whole; so is one used whole through two bitcasts."""
