@@ -103,7 +103,7 @@ def _meeting_places(inputs: int, kernel: int, result: int, window: dict[str, int
 def kernel_flops(computation: Computation, instruction: Instruction, filled: float) -> float:
     """FLOP of the kernels we know: splash attention, counted causally, and the grouped matmul. 0 for all others."""
     arrays = [computation.by_name[name].shapes[0] for name in instruction.operands if computation.by_name[name].shapes]
-    floats = [array for array in arrays if array.type in ("bf16", "f32")]
+    floats = [array for array in arrays if array.type in ("bf16", "f16", "f32")]
     for prefix, matmuls in _ATTENTION_MATMULS.items():
         if instruction.name.startswith(prefix):
             query, key = [array for array in floats if len(array.sizes) >= 3][:2]  # heads, length, width; rows before them if several
