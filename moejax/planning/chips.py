@@ -1,10 +1,11 @@
 """Chips, by their makers' figures, and what is assumed of them. Nothing here was measured by us.
 
-TPU figures: docs.cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e, tpu7x (read November 2026). HBM as those pages give it, in GiB. The bandwidth between chips is given there for both directions of all of a chip's links together; a link carries half of
-that, divided by the number of links, each way: v5p 1,200 / 2 / 6 = 100 GB/s. "How to Scale Your Model" (Austin et al. 2025, chapter
-"TPUs") reckons with what transfers reach of it, 90 GB/s; so does this table. It has no figure for tpu7x, for which nine tenths are
-taken. Clocks follow from the peak: multiply-accumulate units of the matrix units times two times the clock (v5p: 2 cores x 4 units x
-128 x 128 x 2 x 1.75 GHz). The network's bandwidth of v4 is not published there; v5e's is taken.
+TPU figures: docs.cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e, tpu7x (read November 2026). HBM as those pages give it, in GiB
+(v5e's 16 GB too: libtpu finds 15.75 GiB there). The bandwidth between chips is given there for both directions of all of a chip's
+links together; a link carries half of that, divided by the number of links, each way: v5p 1,200 / 2 / 6 = 100 GB/s. "How to Scale
+Your Model" (Austin et al. 2025, chapter "TPUs") reckons with what transfers reach of it, 90 GB/s; so does this table. It has no figure
+for tpu7x, for which nine tenths are taken. Clocks follow from the peak: multiply-accumulate units of the matrix units times two times
+the clock (v5p: 2 cores x 4 units x 128 x 128 x 2 x 1.75 GHz). The network's bandwidth of v4 is not published there; v5e's is taken.
 """
 
 from dataclasses import dataclass

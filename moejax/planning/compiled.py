@@ -51,9 +51,10 @@ def compile_program(lowered: Any, mesh: Mesh, topology: Topology, options: dict[
         with captured_stderr():
             compiled = lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        needed = _needed(str(error))
+        if needed is None:  # another failure; a kernel that needs more than the memory beside the cores is one
             raise
-        return Compiled(time.perf_counter() - started, needed_bytes=_needed(str(error)), fits=False)
+        return Compiled(time.perf_counter() - started, needed_bytes=needed, fits=False)
     seconds, memory = time.perf_counter() - started, compiled.memory_analysis()
     assert memory is not None
     program = read_program(compiled.as_text() or "")
@@ -77,10 +78,14 @@ def compile_program(lowered: Any, mesh: Mesh, topology: Topology, options: dict[
     )
 
 
-def _needed(message: str) -> int:
-    """Bytes that the compiler's refusal names: 'Used 112.50G of 95.74G hbm'; 0 where it names none."""
-    found = re.search(r"Used ([0-9.]+)([KMGT]?)i?B? of", message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+def _needed(message: str) -> int | None:
+    """Bytes of HBM that libtpu's refusal names, arguments and results included, whatever it calls them; None of another refusal.
+
+    'the total memory required for HLO temporaries (26.84G) exceeds available HBM (15.75G)', or 'Used 112.50G of 95.74G hbm'.
+    """
+    found = re.search(r"total memory required for [\w ]*\(([0-9.]+)([KMGT]?)\) exceeds available HBM", message)
+    found = found or re.search(r"Used ([0-9.]+)([KMGT]?) of [0-9.]+[KMGT]? hbm", message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 def memory_of(topology: Topology) -> int | None:

@@ -5,18 +5,20 @@ import math
 import re
 from dataclasses import dataclass, field
 
-ITEM_BYTES = {
-    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
-    "c64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 0.5, "u4": 0.5, "token": 0,
-}  # fmt: skip
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<rest>.*)$")
-_ARRAY = re.compile(r"(?P<type>[a-z]+[0-9]*(?:e[0-9]m[0-9a-z]+)?)\[(?P<sizes>[0-9,]*)\](?P<layout>\{[^}]*\})?")
+_ARRAY = re.compile(r"(?P<type>[a-z]+[0-9]*(?:e[0-9]m[0-9a-z]+)?)\[(?P<sizes>[0-9,<=]*)\](?P<layout>\{[^}]*\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+def item_bits(type: str) -> int:
+    """Bits of an element: they stand in the type's name (bf16, f8e4m3fn, s4), but for truth values and what is no data."""
+    digits = re.match(r"[a-z]+(\d+)", type)
+    return int(digits[1]) if digits else {"pred": 8}.get(type, 0)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ArrayShape:
     @property
     def bytes(self) -> int:
         """Bytes of the elements; a layout's padding is left out."""
-        return int(self.count * ITEM_BYTES.get(self.type, 4))
+        return math.ceil(self.count * item_bits(self.type) / 8)
 
 
 @dataclass
@@ -114,7 +116,8 @@ class Program:
         return [self.computations[name] for name in instruction.called if name in self.computations]
 
     def trips(self, loop: Instruction) -> int:
-        """How often a while loop's body runs: what its counter is compared with. 1 where that is not a constant."""
+        """How often a while loop's body runs: what its counter, which starts at 0, is compared with. 1 where that is not a constant,
+        as in a loop that ends when all rows have."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
@@ -149,15 +152,17 @@ def read_program(text: str) -> Program:
             entry = header["name"] if header["entry"] else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
             current.instructions.append(_read_instruction(found["name"], found["rest"], bool(found["root"])))
-        elif current is not None and current.instructions and not line.startswith("}"):
-            current.instructions[-1].attributes += line  # a kernel's own description runs over several lines
+        elif current is not None and current.instructions and line != "}":
+            current.instructions[-1].attributes += line  # a kernel's own description runs over several lines, and may end with }}
     return Program(computations, entry)
 
 
 def read_shapes(text: str) -> tuple[ArrayShape, ...]:
     """The arrays of a shape's text, of a tuple one after another."""
     return tuple(
-        ArrayShape(found["type"], tuple(int(size) for size in found["sizes"].split(",") if size), "S(1)" in (found["layout"] or ""))
+        ArrayShape(
+            found["type"], tuple(int(size.lstrip("<=")) for size in found["sizes"].split(",") if size), "S(1)" in (found["layout"] or "")
+        )
         for found in _ARRAY.finditer(text)
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from moejax.planning.arithmetic import FREE, PREFETCHES, count_bytes, count_flops
-from moejax.planning.links import Group, find_group, first_group, kind_of, moved_bytes, transfer_seconds
+from moejax.planning.links import Group, find_group, find_pairs, find_permutation, first_group, kind_of, moved_bytes, transfer_seconds
 from moejax.planning.program import Computation, Instruction, Program
 from moejax.planning.topology import Topology
 
@@ -36,7 +36,7 @@ class Collective:
 
     @property
     def hidden(self) -> float:
-        """Seconds of one run that other work covers."""
+        """Seconds of one run that other work covers. Work that two are on their way during counts for both."""
         return min(self.seconds, self.compute_between)
 
     @property
@@ -79,7 +79,6 @@ class _Flight:
 
     collective: Collective
     ends: float
-    shapes: set[tuple[str, tuple[int, ...]]]
 
 
 class _Walk:
@@ -108,10 +107,10 @@ class _Walk:
         elif opcode == "while":
             body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)
             assert body is not None
-            self.inside(self.program.computations[body[1]], self.program.trips(instruction))
+            self.inside(self.measure(self.program.computations[body[1]]), self.program.trips(instruction))
         elif opcode in ("conditional", "call"):
-            branches = self.program.called_by(instruction)
-            self.inside(max(branches, key=lambda branch: len(branch.instructions)), 1)
+            branches = [self.measure(branch) for branch in self.program.called_by(instruction)]
+            self.inside(max(branches, key=lambda branch: (branch.seconds, branch.flops, branch.hbm_bytes)), 1)
         elif (started := self.find_collective(computation, instruction)) is not None:
             self.take_off(instruction, *started)
         else:
@@ -121,9 +120,12 @@ class _Walk:
             else:
                 self.compute(computation, instruction)
 
-    def inside(self, computation: Computation, times: int) -> None:
-        """A loop's body, or a branch, run so many times."""
-        found = _Walk(self.program, self.mesh, self.topology, self.filled).run(computation)
+    def measure(self, computation: Computation) -> Timeline:
+        """A loop's body, or a branch, by itself: its links are taken to be free when it begins, and what it sends has come when it ends."""
+        return _Walk(self.program, self.mesh, self.topology, self.filled).run(computation)
+
+    def inside(self, found: Timeline, times: int) -> None:
+        """A loop's body, or the branch that takes longest, run so many times."""
         self.clock += times * found.seconds
         for name in ("roofline_seconds", "compute_seconds", "flops", "flops_seconds", "hbm_bytes", "hbm_seconds", "waiting_seconds"):
             setattr(self.timeline, name, getattr(self.timeline, name) + times * getattr(found, name))
@@ -137,8 +139,6 @@ class _Walk:
         """An instruction on the cores."""
         flops = count_flops(self.program, computation, instruction, self.filled)
         moved = count_bytes(self.program, computation, instruction)
-        if "async_collective_fusion" in instruction.attributes:
-            moved = 0.0  # what it carries of a collective on its way cannot be told from its own operands; the estimate counts those
         timeline, chip = self.timeline, self.topology.chip
         timeline.flops += flops
         timeline.hbm_bytes += moved
@@ -176,11 +176,12 @@ class _Walk:
                 return None  # a step of one that has begun
         if kind is None:
             return None
-        operands = sum(where.by_name[name].bytes for name in inner.operands if name in where.by_name)
-        group = find_group(first_group(inner.attributes, self.mesh.size), self.mesh, self.topology)
+        operands = [float(where.by_name[name].bytes) for name in inner.operands if name in where.by_name]
+        if kind == "collective-permute":
+            group = find_permutation(find_pairs(inner.attributes), self.mesh, self.topology)
+        else:
+            group = find_group(first_group(inner.attributes, self.mesh.size), self.mesh, self.topology)
         moved = moved_bytes(kind, inner, operands)
-        if kind == "ragged-all-to-all":  # from one buffer into another: no more rows than the smaller one has
-            moved = float(min(where.by_name[name].bytes for name in inner.operands[:2]))
         seconds = transfer_seconds(kind, moved, group, self.topology)
         return Collective(kind, inner.op_name or instruction.op_name, 1, moved, group, seconds, is_async), is_async
 
@@ -192,7 +193,7 @@ class _Walk:
         ends = starts + collective.seconds
         self.free.update(dict.fromkeys(dimensions, ends))
         if is_async:
-            self.flights[instruction.name] = _Flight(collective, ends, set())
+            self.flights[instruction.name] = _Flight(collective, ends)
         else:
             self.timeline.waiting_seconds += ends - self.clock
             self.timeline.roofline_seconds += ends - self.clock

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +25,19 @@ class Topology:
     slices: int = 1
 
     def is_ring(self, dimension: int) -> bool:
-        """Whether the first and the last chip along a dimension are neighbours."""
+        """Whether the first and the last chip along a dimension are neighbours.
+
+        In three dimensions optical switches close rings, and only between whole cubes: 2x2x4 has none.
+        """
         assert self.chip is not None
-        return self.shape[dimension] > 2 and self.shape[dimension] % self.chip.wraps_from == 0
+        whole = [size % self.chip.wraps_from == 0 for size in self.shape]
+        return all(whole) if len(self.shape) == 3 else whole[dimension]
 
 
 def check_name(name: str) -> None:
     """Raises UserError for a name of no topology, before anything is loaded."""
     found = _NAME.fullmatch(name)
-    if name != "local" and (found is None or found["kind"] not in CHIPS):
+    if name != "local" and (found is None or found["kind"] not in CHIPS or 0 in _sizes(found)):
         raise UserError(f"--plan {name}: no such topology; expected CHIP:SHAPE with a chip of {', '.join(CHIPS)}, as {EXAMPLES}")
 
 
@@ -42,12 +47,12 @@ def open_topology(name: str) -> Topology:
     if name == "local":
         import jax
 
-        return Topology(name, tuple(jax.devices()), _chip_of(jax.devices()[0].device_kind), ())
+        return _local_topology(jax.devices())
     found = _NAME.fullmatch(name)
     assert found is not None
-    slices, shape = int(found["slices"] or 1), tuple(int(size) for size in found["shape"].split("x"))
+    slices, *shape = _sizes(found)
     devices = tpu_devices(f"{found['kind']}:{found['shape']}", slices)
-    return Topology(name, tuple(devices), CHIPS[found["kind"]], shape, slices)
+    return Topology(name, tuple(devices), CHIPS[found["kind"]], tuple(shape), slices)
 
 
 def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
@@ -66,13 +71,30 @@ def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # one device a chip, as jax counts them on v4; two without this
     try:
         with captured_stderr():  # what libtpu says about a machine without a TPU
             return list(topologies.get_topology_desc(topology_name=topology, platform="tpu", **options).devices)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"libtpu has no topology {topology!r} ({reason}); use one as v5p:2x2x2 or v6e:2x4") from error
+
+
+def _sizes(found: re.Match[str]) -> list[int]:
+    """Slices, and the chips along each dimension of one."""
+    return [int(found["slices"] or 1), *(int(size) for size in found["shape"].split("x"))]
+
+
+def _local_topology(devices: Sequence[Any]) -> Topology:
+    """The devices that are here. Of TPUs the shape is read from their coordinates, so that their links are known."""
+    chip = _chip_of(devices[0].device_kind)
+    if chip is None:
+        return Topology("local", tuple(devices), None)
+    shape = tuple(1 + max(places) for places in zip(*(device.coords for device in devices), strict=True))
+    shape = shape[:2] if chip.links == 4 else shape  # libtpu gives three coordinates where the torus has two dimensions
+    return Topology("local", tuple(devices), chip, shape, len({getattr(device, "slice_index", 0) for device in devices}))
 
 
 def _chip_of(kind: str) -> Chip | None:
