@@ -2,7 +2,8 @@
 
 `grouped_matmul` picks by the platform it is compiled for: blocks of rows on CPU, the kernels of `ops.grouped_cuda` on NVIDIA GPUs,
 `lax.ragged_dot` elsewhere, on TPUs with the weights' gradient of `ops.grouped_tpu`. XLA's `ragged_dot` on CPU and GPU multiplies every
-row by every expert, E times the work; the blocks below do only the rows' own. `grouped_matmul_reference` is the slow truth all are tested against.
+row by every expert, E times the work; the blocks below do only the rows' own. `grouped_matmul_reference` is the slow truth that all
+are tested against.
 """
 
 import functools
@@ -42,9 +43,7 @@ def grouped_matmul(x: Rows, weights: Weights, group_sizes: Sizes, spare_rows: in
     The last `spare_rows` rows belong to no group: their results are finite where x is, but mean nothing.
     """
     blocked, cuda = (functools.partial(way, spare_rows=spare_rows) for way in (grouped_matmul_blocked, grouped_matmul_cuda))
-    return lax.platform_dependent(
-        x, weights, group_sizes, cpu=blocked, cuda=cuda, tpu=grouped_matmul_tpu, default=grouped_matmul_ragged
-    )
+    return lax.platform_dependent(x, weights, group_sizes, cpu=blocked, cuda=cuda, tpu=grouped_matmul_tpu, default=grouped_matmul_ragged)
 
 
 def grouped_matmul_ragged(x: Rows, weights: Weights, group_sizes: Sizes) -> Float[Array, "M outside"]:

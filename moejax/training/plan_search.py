@@ -11,10 +11,12 @@ from moejax.families.counts import count_parameters
 from moejax.families.flops import count_flops
 from moejax.planning.compiled import memory_of
 from moejax.planning.topology import Topology
-from moejax.training.plan import plan_mesh, plan_run, require_plannable, state_bytes
+from moejax.training.plan import plan_mesh, plan_run, require_plannable
 
 REMAT = ("none", "dots", "full")
 LARGEST_CONTEXT = 4
+KEPT_WIDTHS = {"full": 1.0, "dots": 8.0, "none": 30.0}  # of the model's width, kept of a row in each layer
+MOMENT_BYTES = {"adamw": 8, "lion": 4, "muon": 4, "adafactor": 0}  # of a parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +55,19 @@ def _variations(config: RunConfig, devices: int, slices: int) -> Iterator[RunCon
 
 
 def estimate_bytes(config: RunConfig, topology: Topology) -> float:
-    """Bytes of one device, roughly: the state exactly, gradients, kept activations, and one layer at work."""
-    mesh = plan_mesh(config, topology)
-    model, state = config.model, state_bytes(config, mesh)
+    """Bytes of one device, roughly: parameters, moments, gradients, kept activations, and one layer at work."""
+    sizes, model = plan_mesh(config, topology).shape, config.model
+    kinds = count_parameters(model).by_kind
+    experts = kinds["experts"].total / sizes["expert"] if "experts" in kinds else 0
+    held = (experts + sum(kind.total for name, kind in kinds.items() if name != "experts")) / (sizes["fsdp"] * sizes["tensor"])
+    item, stored = (4 if kind == "float32" else 2 for kind in (model.dtype, model.param_dtype))
     rows = config.train.batch_size / config.train.accumulation_steps * config.data.sequence_length
-    rows /= mesh.size / mesh.shape["tensor"]
-    item = 4 if model.dtype == "float32" else 2
-    widths = {"full": 1.0, "dots": 8.0, "none": 30.0}  # of the model's width, kept of a row in each layer
-    kept = rows * model.hidden_size * item * model.num_layers * widths[model.remat]
-    layer = sum(kind.total for name, kind in count_parameters(model).by_kind.items() if name != "embedding") / model.num_layers
-    gathered = 3 * item * layer / (mesh.shape["expert"] * mesh.shape["tensor"])
+    rows /= math.prod(sizes.values()) / sizes["tensor"]
+    kept = rows * model.hidden_size * item * model.num_layers * KEPT_WIDTHS[model.remat]
+    layer = sum(kind.total for name, kind in kinds.items() if name != "embedding") / model.num_layers
+    gathered = 3 * item * layer / (sizes["expert"] * sizes["tensor"])
     working = 20 * rows * model.hidden_size * item
-    return sum(state.values()) + state["parameters"] + kept + gathered + working
+    return held * (2 * stored + MOMENT_BYTES[config.train.optimizer]) + kept + gathered + working
 
 
 def estimate_seconds(config: RunConfig, topology: Topology) -> float:
