@@ -32,7 +32,7 @@ class Compiled:
     compile_seconds: float
     argument_bytes: int = 0
     output_bytes: int = 0  # that do not lie where an argument lay
-    temporary_bytes: int = 0
+    temporary_bytes: int = 0  # all of them, whether at the same time or not
     program_bytes: int = 0
     needed_bytes: int = 0  # all of them; where it does not fit, what the compiler says that it needs
     fits: bool = True
@@ -65,7 +65,9 @@ def compile_program(lowered: Any, mesh: Mesh, topology: Topology, options: dict[
         "temporary_bytes": memory.temp_size_in_bytes,
         "program_bytes": memory.generated_code_size_in_bytes,
     }
-    needed = sum(sizes.values())
+    # A TPU's temporaries reuse what is donated: their sum is more than is ever held, and the compiler goes by the peak, arguments included.
+    peak = getattr(memory, "peak_memory_in_bytes", 0) if topology.chip is not None else 0
+    needed = peak + sizes["program_bytes"] if peak else sum(sizes.values())
     limit = None if topology.name != "local" else memory_of(topology)  # TPUs' compiler has refused what does not fit
     return Compiled(
         seconds,

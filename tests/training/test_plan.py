@@ -47,7 +47,7 @@ def test_a_plan_of_local_devices_has_all_that_a_plan_has():
     assert plan["mesh"] == {"fsdp": 2, "expert": 4}
     assert plan["fits"] is True and plan["predicted_step_seconds"] is None  # nothing is known of a CPU's rates
     parts = plan["bytes_per_device"]
-    assert parts["total"] == pytest.approx(sum(size for name, size in parts.items() if name != "total"), rel=0.05)
+    assert parts["total"] == sum(size for name, size in parts.items() if name != "total")
     # What full rematerialisation keeps of a layer is its input.
     assert parts["activations"] >= 2 * 8 * 32 * 32 * 4 / 8
     assert {"all-to-all", "all-gather"} <= {row["kind"] for row in plan["collectives"]}
