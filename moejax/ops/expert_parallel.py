@@ -33,16 +33,21 @@ def apply_local(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights
     return combine_rows(routing.weights, outputs, place, invert(place, outputs.shape[0]))
 
 
-def _run_sorted(x: Array, local: Int[Array, "N"], weights: ExpertWeights, per_row: int) -> tuple[Array, Array]:
-    """(outputs sorted by expert, place of each choice among them): choice n is row n // per_row through expert local[n]; E is none."""
+def _run_sorted(
+    x: Array, local: Int[Array, "N"], weights: ExpertWeights, per_row: int, spare_rows: int = SPARE_ROWS
+) -> tuple[Array, Array]:
+    """(outputs sorted by expert, place of each choice among them): choice n is row n // per_row through expert local[n]; E is none.
+
+    `spare_rows` behind the others are for blocks on CPU; a kernel that takes rows in whole tiles is better off without.
+    """
     count, num_experts = local.shape[0], weights.gate.shape[0]
     order, place = sort_groups(local)
     group_sizes = count_groups(local, num_experts)
-    inside = jnp.arange(count + SPARE_ROWS) < jnp.sum(group_sizes)
-    index = jnp.where(inside, jnp.pad(order, (0, SPARE_ROWS)) // per_row, x.shape[0])
-    place = jnp.where(local < num_experts, place, count + SPARE_ROWS)
+    inside = jnp.arange(count + spare_rows) < jnp.sum(group_sizes)
+    index = jnp.where(inside, jnp.pad(order, (0, spare_rows)) // per_row, x.shape[0])
+    place = jnp.where(local < num_experts, place, count + spare_rows)
     rows = jnp.asarray(take_rows(x, index, place.reshape(-1, per_row)))
-    outputs = expert_mlp(rows, weights, group_sizes, SPARE_ROWS)
+    outputs = expert_mlp(rows, weights, group_sizes, spare_rows)
     return jnp.where(inside[:, None], outputs, 0), place  # what a grouped matmul leaves behind the last group is undefined
 
 
@@ -87,7 +92,7 @@ def apply_ragged(
     rows = take_rows(x, order // per_token, place.reshape(-1, per_token))
     received = jnp.asarray(exchange_rows(rows, exchange, buffer_rows, axis, has_ragged))
     local = _experts_of_received(sizes[:, me], moved[:, me], buffer_rows)
-    outputs, back = _run_sorted(received, local, weights, 1)
+    outputs, back = _run_sorted(received, local, weights, 1, 0 if has_ragged else SPARE_ROWS)
     outputs = take_rows(outputs, back, invert(back, outputs.shape[0])[:, None])
     outputs = jnp.asarray(exchange_rows(outputs, exchange.reversed(), count, axis, has_ragged))
     y = combine_rows(routing.weights, outputs, place, order)
