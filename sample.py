@@ -129,20 +129,25 @@ def check_plan(arguments: Arguments) -> None:
 def make_plan(name: str, arguments: Arguments) -> None:
     """Compiles prefill and decode for a topology, tells and writes what they take."""
     from moejax.planning.topology import open_topology
-    from moejax.results import deliver, describe_machine, require_place
+    from moejax.results import deliver, require_place
 
     if arguments.plan_json not in (None, "-"):
         require_place(str(arguments.plan_json), "--plan-json")
     dtype: Any = arguments.dtype or "bfloat16"
     config = replace(read_config(arguments.checkpoint), dtype=dtype, param_dtype=dtype)
     topology = open_topology(name)
+    import jax
+
+    from moejax.planning.compiled import describe_versions
     from moejax.serving.engine import CHUNK
     from moejax.serving.plan import plan_serving
-    from moejax.serving.plan_text import describe_plan
+    from moejax.serving.plan_text import tell_plan
+
+    jax.config.update("jax_enable_compilation_cache", False)  # what comes from there has no schedule to read
 
     mesh = None if arguments.mesh == ONE_DEVICE else arguments.mesh
     plan = plan_serving(config, mesh, topology, arguments.batch_size, arguments.plan_context, CHUNK, arguments.cache)
-    deliver(plan | {"made_with": describe_machine("sample.py")}, describe_plan(plan), arguments.plan_json)
+    deliver(plan | describe_versions(), tell_plan(plan), arguments.plan_json)
 
 
 def read_config(checkpoint: str | None) -> ModelConfig:

@@ -1,6 +1,7 @@
 """What serving a model takes on devices that need not be here: one call of prefill and one of decode, compiled and read, never run."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -8,6 +9,7 @@ from jax.sharding import Mesh
 
 from moejax.cache_config import CacheConfig
 from moejax.config import MeshConfig, ModelConfig, UserError
+from moejax.model.expert_dispatch import choose_dispatch
 from moejax.model.prefill import read_chunk
 from moejax.model.transformer import Transformer
 from moejax.planning.compiled import ASSUMPTIONS, Compiled, compile_program, describe_chip, describe_collectives, memory_of
@@ -19,8 +21,8 @@ from moejax.serving.plan_meshes import Load, choose_mesh, nearest_meshes, open_m
 
 SERVING_ASSUMPTIONS = (
     f"decode: calls of {STEPS} tokens a row, so a token takes the loop's body and 1/{STEPS} of what stands before and behind the loop",
-    "of branches that the data decides, the longest is taken: sampling counts as if rows filtered by top-k or top-p",
-    "kernels of grouped matmul read the weights of all experts of a device, touched or not",
+    "of branches that the data decides, the longest is taken: rows draw, and filter by top-k or top-p",
+    "the weights of all experts of a device are read, touched or not: the program reads them so",
     "the bandwidth limit: every weight of a device (the embedding's left out; of experts those that tokens meet under uniform routing) and "
     "the keys and values of `context` tokens read once a token, at HBM's bandwidth",
     "the host's work between calls is left out, and so are prompts that come meanwhile",
@@ -48,13 +50,14 @@ def plan_serving(
     sizes = _Sizes(batch, context, min(chunk, context), cache)
     load = weigh_mesh(config, mesh, batch, context, cache)
     programs = _compile(config, mesh, topology, sizes)
-    fits = all(compiled.fits for compiled in programs.values())
-    larger = max(programs.values(), key=lambda compiled: compiled.needed_bytes)
+    larger = max(programs.values(), key=lambda compiled: _held_bytes(compiled, load))
+    parts = _divide_bytes(larger, load)
+    fits = all(compiled.fits for compiled in programs.values()) and (hbm is None or parts["total"] <= hbm)
     result = {
         "plan": "serving",
         "topology": topology.name,
         "devices": mesh.size,
-        "mesh": dict(mesh.shape),
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "mesh_chosen_here": mesh_config is None,
         "chip": describe_chip(topology),
         "batch": batch,
@@ -64,13 +67,14 @@ def plan_serving(
         "dtype": config.dtype,
         "fits": fits,
         "hbm_bytes": hbm,
-        "bytes_per_device": _divide_bytes(larger, load),
-        "prefill": _describe_prefill(programs["prefill"], topology, batch * sizes.chunk),
-        "decode": _describe_decode(programs["decode"], mesh, topology, batch, load),
+        "bytes_per_device": parts,
+        "prefill": {"dispatch": _dispatch(config, mesh, batch, sizes.chunk)}
+        | _describe_prefill(programs["prefill"], topology, batch * sizes.chunk),
+        "decode": {"dispatch": _dispatch(config, mesh, batch, 1)} | _describe_decode(programs["decode"], mesh, topology, batch, load),
         "assumptions": [*ASSUMPTIONS, *SERVING_ASSUMPTIONS],
     }
     if not fits and hbm is not None:
-        result["nearest_mesh"] = _find_nearest(config, mesh, topology, sizes, larger.needed_bytes - load.held)
+        result["nearest_mesh"] = _find_nearest(config, mesh, topology, sizes, parts["total"] - load.held)
     return result
 
 
@@ -91,25 +95,40 @@ def _compile(config: ModelConfig, mesh: Mesh, topology: Topology, sizes: _Sizes)
         "prefill": lambda: read_chunk.lower(model, False, False, *prefill_inputs(config, mesh, variables, held, sizes.batch, sizes.chunk)),
         "decode": lambda: decode.lower(model, Asked(), *decode_inputs(mesh, variables, held, sizes.batch)),
     }
-    filled = 1.0 / mesh.shape["expert"]  # rows of all devices have room in a device's grouped matmuls, and its own come
-    return {name: compile_program(lower(), mesh, topology, {}, filled) for name, lower in lowered.items()}
+    tokens = {"prefill": sizes.chunk, "decode": 1}
+    return {
+        name: compile_program(lower(), mesh, topology, {}, _filled(config, mesh, sizes.batch, tokens[name]))
+        for name, lower in lowered.items()
+    }
 
 
-def _divide_bytes(compiled: Compiled, load: Load) -> dict[str, int | None]:
+def _dispatch(config: ModelConfig, mesh: Mesh, batch: int, tokens: int) -> str:
+    return choose_dispatch(config, mesh, (batch, tokens, config.hidden_size))
+
+
+def _filled(config: ModelConfig, mesh: Mesh, batch: int, tokens: int) -> float:
+    """Share of the rows of grouped matmuls that are there: those of all devices have room, and a device's own come."""
+    if _dispatch(config, mesh, batch, tokens) == "ragged" and config.ragged_buffer_factor is not None:
+        return 1.0 / max(config.ragged_buffer_factor, 1.0)
+    return 1.0 / mesh.shape["expert"]
+
+
+def _held_bytes(compiled: Compiled, load: Load) -> int:
+    """What a device holds while the program runs: what it needs, and what it does not take of the weights, as prefill the head."""
+    return compiled.needed_bytes + (max(load.held - compiled.argument_bytes, 0) if compiled.argument_bytes else 0)
+
+
+def _divide_bytes(compiled: Compiled, load: Load) -> dict[str, Any]:
     """Bytes of a device by what they are of. `other`: what arguments take beside weights and cache, padding above all."""
-    if not compiled.argument_bytes:  # refused: only the sum is known
-        rest = max(compiled.needed_bytes - load.held, 0)
-        return {
-            "weights": load.weights, "cache": load.cache, "temporaries": rest, "program": None, "other": None,
-            "total": compiled.needed_bytes,
-        }  # fmt: skip
+    known = compiled.argument_bytes > 0  # else refused: only the sum is known
+    total = _held_bytes(compiled, load)
     return {
         "weights": load.weights,
         "cache": load.cache,
-        "temporaries": compiled.temporary_bytes + compiled.output_bytes,
-        "program": compiled.program_bytes,
-        "other": compiled.argument_bytes - load.held,
-        "total": compiled.needed_bytes,
+        "temporaries": compiled.temporary_bytes + compiled.output_bytes if known else max(total - load.held, 0),
+        "program": compiled.program_bytes if known else None,
+        "other": max(compiled.argument_bytes - load.held, 0) if known else None,
+        "total": total,
     }
 
 
@@ -181,15 +200,12 @@ def _find_nearest(config: ModelConfig, asked: Mesh, topology: Topology, sizes: _
     tried: dict[str, Any] = {"fits": False}
     for mesh_config, load in near[:_TRIES]:
         mesh = open_mesh(config, mesh_config, topology.devices)
-        programs = _compile(config, mesh, topology, sizes)
-        needed = max(compiled.needed_bytes for compiled in programs.values())
-        tried = {
-            "mesh": dict(mesh.shape), "fits": all(compiled.fits for compiled in programs.values()), "needed_bytes": needed,
-            "weights_and_cache_bytes": load.held,
-        }  # fmt: skip
-        if tried["fits"]:
-            break
-    if not tried["fits"]:
-        least = min((load.held for _, load in nearest_meshes(config, asked, sizes.batch, sizes.context, sizes.cache, float("inf"))))
-        tried["least_weights_and_cache_bytes"] = least
-    return tried
+        programs = _compile(config, mesh, topology, sizes).values()
+        needed = max(_held_bytes(compiled, load) for compiled in programs)
+        fits = needed <= hbm and all(compiled.fits for compiled in programs)
+        shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
+        tried = {"mesh": shape, "fits": fits, "needed_bytes": needed, "weights_and_cache_bytes": load.held}
+        if fits:
+            return tried
+    everything = nearest_meshes(config, asked, sizes.batch, sizes.context, sizes.cache, math.inf)
+    return tried | {"least_weights_and_cache_bytes": min(load.held for _, load in everything)}

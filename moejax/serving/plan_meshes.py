@@ -59,7 +59,7 @@ def weigh_mesh(config: ModelConfig, mesh: Mesh, batch: int, context: int, cache:
         is_expert = "moe" in names and any(name in _EXPERT_MODULES for name in names)
         read += bytes_per_device(leaf) * (touched if is_expert else 1.0)
         spread += math.prod(leaf.shape) * leaf.dtype.itemsize * (all_touched if is_expert else 1.0)
-    full = min(context / held.capacity, 1.0) if hasattr(held, "capacity") else min(context / held.keys.shape[2], 1.0)
+    full = min(context / held.keys.shape[2], 1.0)
     in_cache = bytes_per_device((held.keys, held.values)) * full
     spread += sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((held.keys, held.values))) * full
     return Load(bytes_per_device(variables), bytes_per_device(held), read, in_cache, spread / mesh.size)

@@ -2,63 +2,76 @@
 
 from typing import Any
 
-from moejax.sharding import MESH_AXES
+GIB = 2**30
 
 
-def describe_plan(plan: dict[str, Any]) -> list[str]:
-    """The result of `plan_serving` as a short table, what does not fit by how much, and which mesh does."""
-    total, room = plan["bytes_per_device"]["total"], plan["hbm_bytes"]
-    chosen = ", chosen here" if plan["mesh_chosen_here"] else ""
+def tell_plan(plan: dict[str, Any]) -> list[str]:
+    """What `plan_serving` found: memory, tokens/s beside the limit that bandwidth sets, communication, and what all of it rests on."""
     lines = [
-        f"compiled for {plan['topology']}, not run: {plan['devices']} devices ({name_mesh(plan['mesh'])}{chosen}), {plan['batch']} rows, "
-        f"a cache of {plan['context']:,} tokens a row, {plan['dtype']}",
+        f"{plan['topology']}: {plan['devices']} devices ({name_mesh(plan['mesh'])}{', chosen here' if plan['mesh_chosen_here'] else ''}), "
+        f"{plan['batch']:,} rows, a cache of {plan['context']:,} tokens each, {plan['dtype']}; compiled, not run",
         "",
-        *_tell_bytes(plan["bytes_per_device"]),
+        *_tell_memory(plan),
+        "",
+        *_tell_program("prefill", plan["prefill"], f"a call of {plan['batch']:,} x {plan['chunk']:,} tokens"),
+        "",
+        *_tell_program("decode", plan["decode"], f"a token for each of {plan['batch']:,} rows"),
+        *_tell_limit(plan["decode"]),
     ]
-    if room is not None:
-        left = room - total
-        verdict = f"fits, {left / 1e9:,.1f} GB to spare" if plan["fits"] else f"DOES NOT FIT, {-left / 1e9:,.1f} GB too much"
-        lines.append(f"memory     {verdict} ({total / room:.0%} of {room / 1e9:,.1f} GB)")
-    lines += [*_tell_program("prefill", plan["prefill"], f"a call of {plan['batch']} x {plan['chunk']:,} tokens"), *_tell_decode(plan)]
-    if "nearest_mesh" in plan and room is not None:
-        lines.append(_tell_nearest(plan["nearest_mesh"], plan["devices"], room))
-    return lines
+    return [*lines, "", "The model's assumptions:", *(f"  - {one}" for one in plan["assumptions"])]
 
 
 def name_mesh(mesh: dict[str, int]) -> str:
-    """As `expert 8, tensor 8`: the axes above 1."""
-    return ", ".join(f"{axis} {mesh[axis]}" for axis in MESH_AXES if mesh[axis] > 1) or "one device"
+    """As `expert 8, tensor 8`."""
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.items()) or "one device"
 
 
-def _tell_bytes(parts: dict[str, int | None]) -> list[str]:
-    known = [f"{name} {size / 1e9:,.2f}" for name, size in parts.items() if name != "total" and size is not None]
-    return [f"GB/device  {' + '.join(known)} = {(parts['total'] or 0) / 1e9:,.2f}"]
-
-
-def _tell_program(name: str, program: dict[str, Any], of_what: str) -> list[str]:
-    if program.get("predicted_seconds") is None:
-        return [f"{name:<10} compiled in {program['compile_seconds']:.0f} s; no time is known"]
-    rate, seconds, waiting = (program[key] for key in ("predicted_tokens_per_second", "predicted_seconds", "waiting_seconds"))
-    return [f"{name:<10} {rate:,.0f} tokens/s: {seconds * 1e3:,.2f} ms {of_what}, {waiting * 1e3:,.2f} ms of it waiting for links"]
-
-
-def _tell_decode(plan: dict[str, Any]) -> list[str]:
-    decode = plan["decode"]
-    lines = _tell_program("decode", decode, f"for a token in each of {plan['batch']} rows")
-    limit, read = decode["bandwidth_limit_tokens_per_second"], decode["bytes_to_read"]["total"]
-    if limit is not None:
-        share = decode.get("fraction_of_bandwidth_limit")
-        reached = f", of which {share:.1%} are reached" if share is not None else ""
-        lines.append(f"limit      {limit:,.0f} tokens/s by HBM's bandwidth: {read / 1e9:,.2f} GB a device and step{reached}")
+def _tell_memory(plan: dict[str, Any]) -> list[str]:
+    parts, limit = plan["bytes_per_device"], plan["hbm_bytes"]
+    verdict = "fits" if plan["fits"] else "DOES NOT FIT"
+    if limit is None:
+        verdict = "of an unknown memory"
+    else:
+        left = limit - parts["total"]
+        verdict += f", {abs(left) / GIB:.2f} GiB {'left' if left >= 0 else 'too much'} of {limit / GIB:.2f}"
+    lines = [f"memory of one device, GiB: {verdict}"]
+    lines += [f"  {name:<14}{size / GIB:>9.3f}" for name, size in parts.items() if size is not None]
+    if "nearest_mesh" in plan:
+        lines.append(_tell_nearest(plan["nearest_mesh"], plan["devices"], plan["hbm_bytes"]))
     return lines
 
 
-def _tell_nearest(nearest: dict[str, Any], devices: int, room: int) -> str:
+def _tell_nearest(nearest: dict[str, Any], devices: int, limit: int) -> str:
     if nearest["fits"]:
-        flags = " ".join(f"--mesh.{axis} {size}" for axis, size in nearest["mesh"].items() if size > 1 or axis == "fsdp")
-        return f"nearest    {flags} fits: {nearest['needed_bytes'] / 1e9:,.1f} GB a device"
+        flags = " ".join(f"--mesh.{axis} {size}" for axis, size in nearest["mesh"].items())
+        return f"the nearest that fits: {flags} ({nearest['needed_bytes'] / GIB:.2f} GiB)"
     least = nearest["least_weights_and_cache_bytes"]
     return (
-        f"nearest    no mesh of these {devices} devices was found to fit: weights and cache alone take {least / 1e9:,.1f} GB of "
-        f"{room / 1e9:,.1f} GB at least; take more devices, fewer rows, a shorter context, or --cache.dtype int8"
+        f"no mesh of {devices} devices was found that fits: weights and cache alone take {least / GIB:.2f} GiB of {limit / GIB:.2f}; "
+        "use more or larger devices, fewer rows, a smaller --plan-context or --cache.dtype int8"
     )
+
+
+def _tell_program(name: str, program: dict[str, Any], of_what: str) -> list[str]:
+    start = f"{name} (dispatch {program['dispatch']}, compiled in {program['compile_seconds']:.0f} s)"
+    if program.get("predicted_seconds") is None:
+        return [f"{start}: no time is known"]
+    rate, seconds, waiting = (program[key] for key in ("predicted_tokens_per_second", "predicted_seconds", "waiting_seconds"))
+    lines = [f"{start}: {rate:,.0f} tokens/s, {seconds * 1e3:,.2f} ms {of_what}, of which {waiting * 1e3:,.2f} ms waiting for links"]
+    for row in program["collectives"]:
+        if row["seconds"] > 0.01 * seconds:
+            where = f"{row['kind']} over {'+'.join(row['axes'])}"
+            lines.append(f"  {where:<36}{row['runs']:>5} runs{row['bytes'] / 1e9:>9.3f} GB{row['seconds'] * 1e3:>9.2f} ms")
+    return lines
+
+
+def _tell_limit(decode: dict[str, Any]) -> list[str]:
+    limit, read = decode["bandwidth_limit_tokens_per_second"], decode["bytes_to_read"]
+    if limit is None:
+        return []
+    share = decode.get("fraction_of_bandwidth_limit")
+    reached = f", {share:.1%} of it reached" if share is not None else ""
+    return [
+        f"  limit by HBM's bandwidth {limit:,.0f} tokens/s{reached}: a device reads {read['total'] / 1e9:.2f} GB a token, "
+        f"{read['cache'] / 1e9:.2f} of them cache"
+    ]
