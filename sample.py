@@ -138,6 +138,7 @@ def make_plan(name: str, arguments: Arguments) -> None:
     topology = open_topology(name)
     import jax
 
+    import moejax
     from moejax.planning.compiled import describe_versions
     from moejax.serving.engine import CHUNK
     from moejax.serving.plan import plan_serving
@@ -147,7 +148,7 @@ def make_plan(name: str, arguments: Arguments) -> None:
 
     mesh = None if arguments.mesh == ONE_DEVICE else arguments.mesh
     plan = plan_serving(config, mesh, topology, arguments.batch_size, arguments.plan_context, CHUNK, arguments.cache)
-    deliver(plan | describe_versions(), tell_plan(plan), arguments.plan_json)
+    deliver(plan | {"moejax": moejax.__version__} | describe_versions(), tell_plan(plan), arguments.plan_json)
 
 
 def read_config(checkpoint: str | None) -> ModelConfig:

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-import moejax
 from moejax.planning.links import describe_group
 from moejax.planning.messages import captured_stderr
 from moejax.planning.program import Program, read_program
@@ -134,8 +133,8 @@ def describe_chip(topology: Topology) -> dict[str, Any] | None:
 
 
 def describe_versions() -> dict[str, str]:
-    """What a plan was made with: the versions of python, moejax, jax and the compiler, of those that are installed."""
-    found = {"python": platform.python_version(), "moejax": moejax.__version__}
+    """What a plan was made with: the versions of python, jax and the compiler, of those that are installed."""
+    found = {"python": platform.python_version()}
     for package in ("jax", "jaxlib", "libtpu"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
