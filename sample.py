@@ -64,6 +64,7 @@ class Arguments:
     )
     plan_json: str | None = None  # the file that the plan is written to; - prints it and nothing else
     plan_context: int = 4096  # slots of the cache that the plan is for, a row
+    plan_dispatch: str | None = None  # how tokens of the plan reach their experts (docs/meshes.md), auto drops none; None: the model's own
 
 
 def main(argv: list[str]) -> None:
@@ -114,8 +115,9 @@ def check_plan(arguments: Arguments) -> None:
     from moejax.planning.topology import check_name
 
     if arguments.plan is None:
-        if arguments.plan_json is not None:
-            raise UserError("--plan-json is the file of a plan; add --plan, as --plan v5p:4x4x4")
+        for flag, value in (("--plan-json", arguments.plan_json), ("--plan-dispatch", arguments.plan_dispatch)):
+            if value is not None:
+                raise UserError(f"{flag} {value} says how a plan is made; add --plan, as --plan v5p:4x4x4")
         return
     check_name(arguments.plan)
     if arguments.chat or arguments.stream_forever or arguments.prompts is not None or arguments.prompt is not None:
@@ -134,7 +136,9 @@ def make_plan(name: str, arguments: Arguments) -> None:
     if arguments.plan_json not in (None, "-"):
         require_place(str(arguments.plan_json), "--plan-json")
     dtype: Any = arguments.dtype or "bfloat16"
-    config = replace(read_config(arguments.checkpoint), dtype=dtype, param_dtype=dtype)
+    config = read_config(arguments.checkpoint)
+    dispatch: Any = arguments.plan_dispatch or config.dispatch
+    config = replace(config, dtype=dtype, param_dtype=dtype, dispatch=dispatch)
     topology = open_topology(name)
     import jax
 
