@@ -54,6 +54,8 @@ def _tell_nearest(nearest: dict[str, Any], devices: int, limit: int) -> str:
 
 def _tell_program(name: str, program: dict[str, Any], of_what: str) -> list[str]:
     start = f"{name} (dispatch {program['dispatch']}, compiled in {program['compile_seconds']:.0f} s)"
+    if not program["fits"] and "collectives" not in program:
+        return [f"{name} (dispatch {program['dispatch']}): the compiler refuses what does not fit; no time is known"]
     if program.get("predicted_seconds") is None:
         return [f"{start}: no time is known"]
     rate, seconds, waiting = (program[key] for key in ("predicted_tokens_per_second", "predicted_seconds", "waiting_seconds"))
