@@ -5,6 +5,7 @@
     python sample.py --checkpoint DIR --chat                   a conversation, in the model's own chat format; /help shows its commands
     python sample.py --prompts IN.jsonl --out OUT.jsonl        a file of prompts, a line for a line; goes on where it was stopped
     python sample.py --stream-forever --cache.kind sinks       text without end, in constant memory, until Ctrl-C
+    python sample.py --checkpoint DIR --plan v5p:4x4x4         what serving it takes on TPUs that need not be here: memory, tokens/s
 
 The text, prompt first (in a conversation the replies), goes to stdout as it is made, and nothing else does; what is loaded and how fast
 it ran goes to stderr. Lines of IN.jsonl hold "prompt", "messages" or "tokens", and any of the fields below from max_new_tokens to
@@ -14,13 +15,13 @@ prompt_logprobs, which then count for that line.
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from moejax.cache_config import CacheConfig
-from moejax.cli import parse, run_command
-from moejax.config import MeshConfig, UserError
+from moejax.cli import load_config, parse, run_command
+from moejax.config import MeshConfig, ModelConfig, UserError
 from moejax.generation_config import GenerationSettings
 from moejax.launch import prepare_process
 
@@ -51,13 +52,19 @@ class Arguments:
     prompt_logprobs: int | None = None  # with --prompts: the same of the prompt's tokens
     prompts: str | None = None  # a JSONL file of prompts
     out: str | None = None  # the JSONL file that answers it
-    batch_size: int = 8  # with --prompts: how many are continued side by side
-    dtype: str | None = None  # float32 or bfloat16; None: the checkpoint's
+    batch_size: int = 8  # with --prompts and --plan: how many are continued side by side
+    dtype: str | None = None  # float32 or bfloat16; None: the checkpoint's, of a plan bfloat16
     stream_forever: bool = False  # go on until Ctrl-C, past the end of text, with a cache that forgets
     cache: CacheConfig = field(default_factory=CacheConfig)  # what is kept of the tokens read
     chat: bool = False  # hold a conversation: a line of stdin is a message
     mesh: MeshConfig = field(default_factory=lambda: ONE_DEVICE)  # devices that share the model, as in training: --mesh.tensor 8
     chat_format: str | None = None  # mistral-v1, mistral-v3 or arctic; None: the one that came with the tokenizer
+    plan: str | None = (
+        None  # compile for this topology (v5p:4x4x4, v6e:4x4, local) and tell, weights never read; --checkpoint may be a config file
+    )
+    plan_json: str | None = None  # the file that the plan is written to; - prints it and nothing else
+    plan_context: int = 4096  # slots of the cache that the plan is for, a row
+    plan_dispatch: str | None = None  # how tokens of the plan reach their experts (docs/meshes.md), auto drops none; None: the model's own
 
 
 def main(argv: list[str]) -> None:
@@ -65,6 +72,8 @@ def main(argv: list[str]) -> None:
     arguments = parse(argv, Arguments(), description=__doc__)
     check_combination(arguments)
     settings = make_settings(arguments)
+    if arguments.plan is not None:
+        return make_plan(arguments.plan, arguments)
     path = Path(arguments.checkpoint) if arguments.checkpoint is not None else newest_run(Path("runs"))
     if arguments.prompts is not None and arguments.out is not None:
         return complete_prompts(path, Path(arguments.prompts), Path(arguments.out), arguments, settings)
@@ -96,8 +105,77 @@ def check_combination(arguments: Arguments) -> None:
         raise UserError("--stream-forever excludes --chat and --prompts: it never comes to the end of one text; leave one out")
     if arguments.stream_forever and arguments.cache.kind == "full":
         raise UserError("--stream-forever needs a cache that forgets, --cache.kind full keeps every token; add --cache.kind sinks")
+    check_plan(arguments)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size} must be at least 1")
+
+
+def check_plan(arguments: Arguments) -> None:
+    """Raises UserError for what is wrong with a plan and can be seen before jax is imported."""
+    from moejax.planning.topology import check_name
+
+    if arguments.plan is None:
+        for flag, value in (("--plan-json", arguments.plan_json), ("--plan-dispatch", arguments.plan_dispatch)):
+            if value is not None:
+                raise UserError(f"{flag} {value} says how a plan is made; add --plan, as --plan v5p:4x4x4")
+        return
+    check_name(arguments.plan)
+    if arguments.chat or arguments.stream_forever or arguments.prompts is not None or arguments.prompt is not None:
+        raise UserError("--plan excludes --prompt, --prompts, --chat and --stream-forever: nothing is sampled; leave them out")
+    if arguments.plan_context < 1:
+        raise UserError(f"--plan-context {arguments.plan_context} must be at least 1")
+    if arguments.dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {arguments.dtype} of a plan must be float32, bfloat16 or float16")
+
+
+def make_plan(name: str, arguments: Arguments) -> None:
+    """Compiles prefill and decode for a topology, tells and writes what they take."""
+    from moejax.planning.topology import open_topology
+    from moejax.results import deliver, require_place
+
+    if arguments.plan_json not in (None, "-"):
+        require_place(str(arguments.plan_json), "--plan-json")
+    dtype: Any = arguments.dtype or "bfloat16"
+    config = read_config(arguments.checkpoint)
+    dispatch: Any = arguments.plan_dispatch or config.dispatch
+    config = replace(config, dtype=dtype, param_dtype=dtype, dispatch=dispatch)
+    topology = open_topology(name)
+    import jax
+
+    import moejax
+    from moejax.planning.compiled import describe_versions
+    from moejax.serving.engine import CHUNK
+    from moejax.serving.plan import plan_serving
+    from moejax.serving.plan_text import tell_plan
+
+    jax.config.update("jax_enable_compilation_cache", False)  # what comes from there has no schedule to read
+
+    mesh = None if arguments.mesh == ONE_DEVICE else arguments.mesh
+    plan = plan_serving(config, mesh, topology, arguments.batch_size, arguments.plan_context, CHUNK, arguments.cache)
+    deliver(plan | {"moejax": moejax.__version__} | describe_versions(), tell_plan(plan), arguments.plan_json)
+
+
+def read_config(checkpoint: str | None) -> ModelConfig:
+    """The configuration of a config file, of a checkpoint's directory, or of the newest run, no weight read. Raises UserError without."""
+    if checkpoint is not None and checkpoint.endswith(".py"):
+        return load_config(Path(checkpoint), Path(__file__).parent / "configs")[0].model
+    path = Path(checkpoint) if checkpoint is not None else newest_run(Path("runs"))
+    if not path.is_dir():
+        raise UserError(f"--checkpoint {path}: there is no such directory; a plan takes one, or a config file as configs/arctic_480b.py")
+    from moejax.checkpoint.detect import find_checkpoint
+
+    return find_config(*find_checkpoint(path))
+
+
+def find_config(kind: str, directory: Path) -> ModelConfig:
+    """The configuration of a checkpoint. A format that is not read is refused by its name, before anything is missed beside it."""
+    from moejax.checkpoint.source import open_source
+    from moejax.checkpoint.store import read_metadata
+
+    if kind == "moejax":
+        return read_metadata(directory).config
+    with open_source(directory) as source:
+        return source.config
 
 
 def make_settings(arguments: Arguments) -> GenerationSettings:
@@ -152,18 +230,12 @@ def load(path: Path, arguments: Arguments, check: Callable[[Any, int], None] = l
     """
     import moejax
     from moejax.checkpoint.detect import find_checkpoint
-    from moejax.checkpoint.source import open_source
-    from moejax.checkpoint.store import read_metadata
     from moejax.data.text import find_tokenizer
     from moejax.sharding import mesh_of
 
     if path.is_dir():
         kind, directory = find_checkpoint(path)
-        if kind != "moejax":
-            with open_source(directory) as source:  # a format that is not read is refused by its name, before anything is missed beside it
-                config = source.config
-        else:
-            config = read_metadata(directory).config
+        config = find_config(kind, directory)
         check(choose_tokenizer(path, find_tokenizer(directory) or find_tokenizer(path), arguments), config.vocab_size)
     started = time.perf_counter()
     mesh = None if arguments.mesh == ONE_DEVICE else mesh_of(arguments.mesh)

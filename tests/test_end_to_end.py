@@ -391,6 +391,13 @@ SAMPLE_ARGUMENTS = {
     "a window of a full cache": (["--cache.window", "5"], ("cache.window=5 says nothing to cache.kind='full'",)),
     "prompts without out": (["--prompts", "in.jsonl"], ("--prompts and --out belong together",)),
     "logprobs of one prompt": (["--logprobs", "2"], ("--logprobs", "add --prompts and --out")),
+    "a plan for no such chip": (["--plan", "v9:2x2"], ("--plan v9:2x2", "v5p", "local")),
+    "a plan's file without a plan": (["--plan-json", "plan.json"], ("--plan-json plan.json", "add --plan")),
+    "a dispatch of no plan": (["--plan-dispatch", "auto"], ("--plan-dispatch auto", "add --plan")),
+    "a plan of a prompt": (["--plan", "local", "--prompt", "a"], ("--plan excludes --prompt",)),
+    "a plan of no cache": (["--plan", "local", "--plan-context", "0"], ("--plan-context 0 must be at least 1",)),
+    "a plan of no such model": (["--plan", "local", "--checkpoint", "awk"], ("--checkpoint awk", "configs/arctic_480b.py")),
+    "a plan written nowhere": (["--plan", "local", "--plan-json", "nowhere/plan.json"], ("--plan-json", "no directory nowhere")),
     "a bad line": (
         ["--checkpoint", "something-else", "--prompts", "in.jsonl", "--out", "out.jsonl"],
         ("in.jsonl, line 2", "top_p=2", "at most 1"),

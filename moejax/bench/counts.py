@@ -1,10 +1,8 @@
 """What the measured things cost at least, counted by hand: FLOP and bytes of an MoE layer, of prefill and of a decoding step."""
 
 from moejax.config import ModelConfig
-from moejax.families.counts import count_parameters
+from moejax.families.counts import BYTES_PER_PARAMETER, count_parameters
 from moejax.families.flops import count_flops
-
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an entry
 
 
 def count_layer_flops(config: ModelConfig, rows: int, choices: int) -> int:
@@ -15,12 +13,7 @@ def count_layer_flops(config: ModelConfig, rows: int, choices: int) -> int:
 def count_layer_bytes(config: ModelConfig, rows: int, experts_touched: float) -> float:
     """Bytes that one MoE layer must move, forward: the touched experts' weights and the router's read, rows read, rows written."""
     weights = 3 * experts_touched * config.hidden_size * config.intermediate_size + config.hidden_size * config.num_experts
-    return weights * SIZES[config.param_dtype] + 2 * rows * config.hidden_size * SIZES[config.dtype]
-
-
-def expect_touched(config: ModelConfig, rows: int) -> float:
-    """Experts that `rows` tokens meet together under uniform routing: E (1 - (1 - A/E)^rows)."""
-    return config.num_experts * (1 - (1 - config.experts_per_token / config.num_experts) ** rows)
+    return weights * BYTES_PER_PARAMETER[config.param_dtype] + 2 * rows * config.hidden_size * BYTES_PER_PARAMETER[config.dtype]
 
 
 def count_prefill_flops(config: ModelConfig, rows: int, length: int) -> int:
@@ -45,6 +38,6 @@ def count_decode_bytes(config: ModelConfig, rows: int, seen: float, experts_touc
     counts: dict[str, float] = {kind: kinds[kind].total for kind in ("attention", "router", "residual_mlp", "dense_mlp") if kind in kinds}
     counts["experts"] = len(config.moe_layers) * experts_touched * expert
     counts["head"] = config.vocab_size * config.hidden_size
-    parts = {kind: count * SIZES[config.param_dtype] for kind, count in counts.items()}
+    parts = {kind: count * BYTES_PER_PARAMETER[config.param_dtype] for kind, count in counts.items()}
     keys_and_values = 2 * config.num_layers * rows * seen * config.num_kv_heads * config.head_width
-    return {**parts, "keys_and_values": keys_and_values * SIZES[config.dtype]}
+    return {**parts, "keys_and_values": keys_and_values * BYTES_PER_PARAMETER[config.dtype]}

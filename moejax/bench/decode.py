@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.bench.counts import count_decode_bytes, count_decode_flops, expect_touched
+from moejax.bench.counts import count_decode_bytes, count_decode_flops
 from moejax.bench.measure import Ceilings, describe_shape, describe_timing, peak_memory, summarise_seconds, time_calls
 from moejax.bench.output import Output, report
 from moejax.bench.shape import PEER_NEW, PEER_PROMPT, PEER_SHAPE, SHAPE_FIELDS, hold_to_peer_shape
 from moejax.config import ModelConfig, UserError
+from moejax.families.counts import expect_touched
 
 COLUMNS = (
     "tokens_per_second", "step_milliseconds", "seconds_to_first_token", "overall_tokens_per_second", "bytes_per_step", "experts_touched",

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from moejax.bench import PROGRAM
 from moejax.bench.tpu_compile import captured_stderr, count_collectives, list_instructions, topology_devices
@@ -83,6 +83,7 @@ def compile_chunk(config: ModelConfig, mesh: Mesh, arguments: Arguments, chunk: 
     """One program: seconds, bytes of one device, collectives in its text by kind, and `failures`: a line for each check that failed."""
     from moejax.model.prefill import read_chunk
     from moejax.model.transformer import Transformer
+    from moejax.serving.abstract import bytes_per_device
 
     inputs = abstract_inputs(config, mesh, arguments, chunk)
     row: dict[str, Any] = {"name": f"{chunk} tokens a call", "chunk": chunk, "failures": []}
@@ -111,34 +112,11 @@ def compile_chunk(config: ModelConfig, mesh: Mesh, arguments: Arguments, chunk: 
 
 def abstract_inputs(config: ModelConfig, mesh: Mesh, arguments: Arguments, chunk: int) -> tuple[Any, ...]:
     """Shapes and shardings of what `read_chunk` takes behind the model: variables, tokens, counts, features, cache."""
-    from jax import numpy as jnp
+    from moejax.cache_config import CacheConfig
+    from moejax.serving.abstract import abstract_cache, abstract_variables, prefill_inputs
 
-    from moejax.model.cache import create_cache
-    from moejax.model.cache_storage import AXES
-    from moejax.model.partition import parameter_shardings
-    from moejax.model.transformer import abstract_parameters
-    from moejax.sharding import partition_spec
-
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def place(leaf: Any, sharding: NamedSharding) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    def shape(*sizes: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
-
-    params = jax.tree.map(place, abstract_parameters(config), parameter_shardings(config, mesh))
-    cache = jax.tree.map(
-        lambda leaf: place(leaf, NamedSharding(mesh, partition_spec(AXES[: leaf.ndim], leaf.shape, mesh)) if leaf.ndim > 1 else whole),
-        jax.eval_shape(lambda: create_cache(config, arguments.rows, arguments.length)),
-    )
-    rows = arguments.rows
-    return {"params": params}, shape(rows, chunk), shape(rows), shape(rows, config.hidden_size, dtype=config.dtype), cache
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of the arrays of a tree of shapes with shardings on one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    cache = abstract_cache(config, mesh, arguments.rows, arguments.length, CacheConfig())
+    return prefill_inputs(config, mesh, abstract_variables(config, mesh), cache, arguments.rows, chunk)
 
 
 def check_program(text: str, chunk: int, arguments: Arguments) -> list[str]:

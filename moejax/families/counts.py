@@ -59,6 +59,11 @@ def count_parameters(config: ModelConfig) -> Counts:
     return Counts(sum(totals.values()), sum(active.values()), sum(stored.values()), by_kind)
 
 
+def expect_touched(config: ModelConfig, rows: int) -> float:
+    """Experts that `rows` tokens meet together under uniform routing: E (1 - (1 - A/E)^rows)."""
+    return config.num_experts * (1 - (1 - config.experts_per_token / config.num_experts) ** rows)
+
+
 def _kind_of(leaf: str) -> str:
     """The kind of module a leaf such as "moe/gate/kernel" belongs to."""
     module = leaf.split("/")[0]

@@ -98,6 +98,8 @@ class Embed(nn.Module):
         table = self.param("embedding", _normal(config, ("vocab", "embed")), shape, jnp.dtype(config.param_dtype))
         if self.mesh is None:
             return table[tokens].astype(config.dtype), table
+        if tokens.size * 8 < config.vocab_size:  # few: their rows travel, and not the table
+            return table.astype(config.dtype)[tokens], table
         # Whole on every device while rows are looked up: each then adds up the gradients of its own rows, and no row travels.
         return constrain(table.astype(config.dtype), self.mesh, None, None)[tokens], table
 

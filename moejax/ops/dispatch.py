@@ -6,6 +6,7 @@ with expert(x) = down(silu(gate x) * up x). `dense` is the reference; `sorted` d
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -13,7 +14,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
-from moejax.ops.dispatch_few import FEW_ROWS, apply_experts_few
+from moejax.ops.dispatch_few import FEW_ROWS, FEW_ROWS_TPU, apply_experts_few, apply_experts_together
 from moejax.ops.expert_mlp import ExpertWeights, expert_mlp
 from moejax.ops.grouped import SPARE_ROWS
 from moejax.ops.matmul import precision_of
@@ -44,11 +45,13 @@ def apply_experts_dense(x: Float[Array, "M D"], routing: Routing, weights: Exper
 
 
 def apply_experts_chosen(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights) -> Float[Array, "M D"]:
-    """Sorted; on CPU for few rows the experts that are touched, one after another."""
-    if x.shape[0] > FEW_ROWS:
-        return apply_experts_sorted(x, routing, weights)
-    few = functools.partial(apply_experts_few, differentiable=apply_experts_sorted)
-    return lax.platform_dependent(x, routing, weights, cpu=few, default=apply_experts_sorted)
+    """Sorted; for few rows on CPU the experts that are touched, one after another, and on TPUs all of them together."""
+    ways: dict[str, Callable[..., Array]] = {}
+    if x.shape[0] <= FEW_ROWS:
+        ways["cpu"] = functools.partial(apply_experts_few, differentiable=apply_experts_sorted)
+    if x.shape[0] <= FEW_ROWS_TPU:
+        ways["tpu"] = apply_experts_together
+    return lax.platform_dependent(x, routing, weights, default=apply_experts_sorted, **ways)
 
 
 def apply_experts_sorted(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights) -> Float[Array, "M D"]:

@@ -13,6 +13,7 @@ from jax import numpy as jnp
 from jaxtyping import Float, Int
 
 from moejax.ops.capacity import Slots
+from moejax.ops.dispatch_few import FEW_ROWS_TPU, apply_experts_together
 from moejax.ops.exchange import exchange_rows, plan_exchange
 from moejax.ops.expert_mlp import ExpertWeights, expert_mlp
 from moejax.ops.grouped import SPARE_ROWS
@@ -25,9 +26,16 @@ Result = tuple[Float[Array, "M D"], Int[Array, ""]]
 
 def apply_local(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights, first_expert: Array | int = 0) -> Float[Array, "M D"]:
     """The weighted sum over those of each row's experts that lie here: experts `first_expert` and the following."""
-    per_token = routing.experts.shape[1]
-    local = routing.experts.reshape(-1) - first_expert
-    num_experts = weights.gate.shape[0]
+    here = Routing(routing.weights, routing.experts - first_expert)
+    if x.shape[0] > FEW_ROWS_TPU:
+        return _apply_sorted(x, here, weights)
+    return lax.platform_dependent(x, here, weights, tpu=apply_experts_together, default=_apply_sorted)
+
+
+def _apply_sorted(x: Array, routing: Routing, weights: ExpertWeights) -> Array:
+    """`apply_local` by kernels; experts count from the first one here."""
+    per_token, num_experts = routing.experts.shape[1], weights.gate.shape[0]
+    local = routing.experts.reshape(-1)
     local = jnp.where((local >= 0) & (local < num_experts), local, num_experts)
     outputs, place = _run_sorted(x, local, weights, per_token)
     return combine_rows(routing.weights, outputs, place, invert(place, outputs.shape[0]))

@@ -1,8 +1,11 @@
 """A program compiled for a topology, and what can be said of it: memory from the compiler's own plan, time from its schedule."""
 
+import contextlib
+import platform
 import re
 import time
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -129,3 +132,12 @@ def describe_chip(topology: Topology) -> dict[str, Any] | None:
     from dataclasses import asdict
 
     return None if topology.chip is None else asdict(topology.chip)
+
+
+def describe_versions() -> dict[str, str]:
+    """What a plan was made with: the versions of python, jax and the compiler, of those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "libtpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

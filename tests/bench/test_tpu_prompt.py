@@ -11,9 +11,10 @@ import jaxtyping
 import pytest
 
 from moejax.bench import tpu_prompt
-from moejax.bench.tpu_prompt import Arguments, abstract_inputs, bytes_per_device, check_program, long_arctic
+from moejax.bench.tpu_prompt import Arguments, abstract_inputs, check_program, long_arctic
 from moejax.config import UserError
 from moejax.families.arctic import ARCTIC_480B
+from moejax.serving.abstract import bytes_per_device
 from moejax.sharding import make_mesh
 
 

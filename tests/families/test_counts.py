@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from moejax.families.arctic import ARCTIC_480B
-from moejax.families.counts import count_parameters
+from moejax.families.counts import count_parameters, expect_touched
 from moejax.families.layout import abstract_parameters
 from moejax.families.mixtral import MIXTRAL_8X7B, MIXTRAL_8X22B
 
@@ -57,3 +57,8 @@ def test_dense_layers_and_tied_embeddings_are_counted_once():
     assert counts.by_kind["dense_mlp"].total == 3 * 3 * 7168 * 4864  # layers 0, 2 and 4
     assert counts.by_kind["residual_mlp"].total == 2 * 3 * 7168 * 7168  # layers 1 and 3
     assert counts.bytes == 4 * counts.total
+
+
+@pytest.mark.parametrize(("rows", "experts", "expected"), [(1, 128, 2.0), (8, 128, 15.2), (64, 128, 81.3), (4, 8, 5.5), (16, 8, 7.9)])
+def test_experts_touched_by_uniform_routing(rows, experts, expected):
+    assert expect_touched(dataclasses.replace(ARCTIC_480B, num_experts=experts), rows) == pytest.approx(expected, abs=0.06)

@@ -8,7 +8,7 @@ import pytest
 from jax import numpy as jnp
 
 from moejax.ops.dispatch import apply_experts_chosen, apply_experts_dense, apply_experts_sorted
-from moejax.ops.dispatch_few import FEW_ROWS, apply_experts_few
+from moejax.ops.dispatch_few import FEW_ROWS, apply_experts_few, apply_experts_together
 from moejax.ops.expert_mlp import ExpertWeights
 from moejax.ops.routing import Routing, route
 
@@ -29,7 +29,7 @@ def test_values_are_the_reference_s(rows, per_token):
     routing = route(logits, per_token, "probability")
     few = functools.partial(apply_experts_few, differentiable=apply_experts_sorted)
     expected = apply_experts_dense(x, routing, weights)
-    for run in (few, apply_experts_chosen):
+    for run in (few, apply_experts_chosen, apply_experts_together):
         np.testing.assert_allclose(jax.jit(run)(x, routing, weights), expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
 
 
@@ -51,9 +51,24 @@ def test_experts_of_other_rows_and_of_none_are_not_seen():
     x, _, weights = make(3)
     routing = Routing(jnp.full((3, 2), 0.5), jnp.array([[0, 1], [2, 4], [1, 0]]))
     spoiled = ExpertWeights(*(part.at[4].set(jnp.inf).at[3].set(jnp.nan) for part in weights))
-    clean, out = (jax.jit(apply_experts_chosen)(x, routing, part) for part in (weights, spoiled))
-    assert np.array_equal(out[jnp.array([0, 2])], clean[jnp.array([0, 2])])
-    assert not np.isfinite(out[1]).any()
+    for run in (apply_experts_chosen, apply_experts_together):
+        clean, out = (jax.jit(run)(x, routing, part) for part in (weights, spoiled))
+        assert np.array_equal(out[jnp.array([0, 2])], clean[jnp.array([0, 2])])
+        assert not np.isfinite(out[1]).any()
+
+
+def test_together_leaves_out_experts_that_lie_elsewhere():
+    """The first and the last three of six experts, each counted from its own first one, make up the sum of all six."""
+    x, logits, weights = make(7)
+    routing = route(logits, 3, "one")
+    parts = (
+        apply_experts_together(
+            x, Routing(routing.weights, routing.experts - first), ExpertWeights(*(one[first : first + 3] for one in weights))
+        )
+        for first in (0, 3)
+    )
+    expected = apply_experts_dense(x, routing, weights)
+    np.testing.assert_allclose(sum(parts), expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
 
 
 def test_bfloat16_is_summed_in_float32():
