@@ -122,12 +122,14 @@ def _divide_bytes(compiled: Compiled, load: Load) -> dict[str, Any]:
     """Bytes of a device by what they are of. `other`: what arguments take beside weights and cache, padding above all."""
     known = compiled.argument_bytes > 0  # else refused: only the sum is known
     total = _held_bytes(compiled, load)
+    other = max(compiled.argument_bytes - load.held, 0) if known else 0
+    program = compiled.program_bytes if known else 0
     return {
         "weights": load.weights,
         "cache": load.cache,
-        "temporaries": compiled.temporary_bytes + compiled.output_bytes if known else max(total - load.held, 0),
-        "program": compiled.program_bytes if known else None,
-        "other": max(compiled.argument_bytes - load.held, 0) if known else None,
+        "temporaries": max(total - load.held - other - program, 0),
+        "program": program if known else None,
+        "other": other if known else None,
         "total": total,
     }
 

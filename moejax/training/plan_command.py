@@ -1,10 +1,7 @@
 """`train.py --plan`: topology, plan, search, and where they are told."""
 
-import contextlib
 import json
-import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import jax
 
 from moejax.config import RunConfig, UserError
 from moejax.files import write_file
+from moejax.planning.compiled import describe_versions
 from moejax.planning.topology import check_name, open_topology
 from moejax.training.plan import plan_run, require_plannable
 from moejax.training.plan_report import tell_plan, tell_search
@@ -46,7 +44,7 @@ def plan(config: RunConfig, values: dict[str, str]) -> None:
             result["nearest_that_fits"] = nearest
             lines += ["", describe_nearest(nearest)]
     if file is not None:
-        _write(file, result | _versions())
+        _write(file, result | describe_versions())
         lines.append(f"written to {file}")
     print("\n".join(lines))
 
@@ -77,14 +75,6 @@ def describe_nearest(nearest: dict[str, Any] | None) -> str:
     total = nearest["bytes_per_device"]["total"] / 2**30
     step = f", {nearest['predicted_step_seconds']:.3f} s a step" if nearest["predicted_step_seconds"] else ""
     return f"the nearest that fits: {' '.join(flags)} ({total:.1f} GiB{step})"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("moejax", "jax", "jaxlib", "libtpu"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 def _write(file: Path, result: dict[str, Any]) -> None:
