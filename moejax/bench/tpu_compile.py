@@ -5,23 +5,21 @@ it was written for, must never gather the experts of other devices, must not be 
 from each device the part of the weights that the mesh says.
 """
 
-import contextlib
 import math
-import os
 import re
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from moejax.bench import PROGRAM
 from moejax.config import ModelConfig, TrainConfig, UserError
+from moejax.planning.messages import captured_stderr
+from moejax.planning.topology import tpu_devices
 from moejax.results import deliver, describe_machine, require_place
 
 # Of all sizes here only the experts' width has a factor 5: an array with that factor is made of their weights.
@@ -86,26 +84,8 @@ def run(arguments: Arguments) -> None:
 
 
 def topology_devices(topology: str, count: int | None = None) -> list[Any]:
-    """Devices to compile for, none of which need be here; `count` of them, where that is given.
-
-    Raises UserError without libtpu, for a topology that libtpu does not know, and for one of another number of devices.
-    """
-    try:
-        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError('this needs libtpu, the compiler for TPUs, which is not installed; pip install "moejax[tpu]"') from error
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no cloud is asked what this machine is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling holds no device
-    os.environ["TPU_STDERR_LOG_LEVEL"] = "1"  # warnings: the partitioner's are looked for
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        with captured_stderr():  # what libtpu says about a machine without a TPU
-            devices = list(topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"libtpu has no topology {topology!r} ({reason}); use one as v5p:2x2x2 or v6e:2x4, of eight devices") from error
+    """`tpu_devices`; raises UserError for another number of them than `count`, too."""
+    devices = tpu_devices(topology)
     if count not in (None, len(devices)):
         raise UserError(
             f"topology {topology!r} has {len(devices)} devices, but the programs are for {count}; use one as v5p:2x2x2 or v6e:2x4"
@@ -117,6 +97,7 @@ def compile_program(program: Program, devices: list[Any]) -> dict[str, Any]:
     """Seconds, bytes a device, collectives in the program's text by kind, and `failures`: a line for each check that failed."""
     from moejax.model.transformer import Transformer
     from moejax.sharding import make_mesh
+    from moejax.training.plan import abstract_batch
     from moejax.training.state import abstract_state, create_optimizer
     from moejax.training.step import train_step
 
@@ -125,7 +106,7 @@ def compile_program(program: Program, devices: list[Any]) -> dict[str, Any]:
     state = abstract_state(model, optimizer)
     with captured_stderr() as messages:
         started = time.perf_counter()
-        compiled = train_step.lower(model, optimizer, state, abstract_batch(mesh)).compile()
+        compiled = train_step.lower(model, optimizer, state, abstract_batch(mesh, BATCH)).compile()
         seconds = time.perf_counter() - started
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     assert memory is not None  # libtpu has it
@@ -142,18 +123,6 @@ def compile_program(program: Program, devices: list[Any]) -> dict[str, Any]:
     failures += [f"{host_bytes} bytes lie in the host's memory"] if host_bytes else []
     failures += [line.strip() for line in "".join(messages).splitlines() if _COPIED_WHOLE.search(line)]
     return {"mesh": program.mesh, "compile_seconds": seconds, **sizes, "collectives": count_collectives(text), "failures": failures}
-
-
-def abstract_batch(mesh: Mesh, shape: tuple[int, int] = BATCH) -> Any:
-    """Shapes and shardings of one batch of `shape` rows and tokens."""
-    from jax import numpy as jnp
-
-    from moejax.data.rows import Batch
-    from moejax.sharding import partition_spec
-
-    sharding = NamedSharding(mesh, partition_spec(("batch", "time"), shape, mesh))
-    integers, weights = (cast(Any, jax.ShapeDtypeStruct(shape, kind, sharding=sharding)) for kind in (jnp.int32, jnp.float32))
-    return Batch(integers, integers, weights, integers, integers)
 
 
 def _bytes_per_device(tree: Any, shardings: Any) -> int:
@@ -217,24 +186,6 @@ def check_sizes(sizes: dict[str, Any], mesh: Mesh) -> list[str]:
     if sizes["argument_bytes"] > LARGEST_PADDING * sizes["state_bytes_per_device"] + 2**20:
         failures.append(f"a device takes {sizes['argument_bytes']} bytes; its part of the state has {sizes['state_bytes_per_device']}")
     return failures
-
-
-@contextlib.contextmanager
-def captured_stderr() -> Iterator[list[str]]:
-    """What compiled code writes to file descriptor 2 inside, in a list that is filled at the end."""
-    messages: list[str] = []
-    sys.stderr.flush()
-    with tempfile.TemporaryFile("w+", errors="replace") as file:
-        kept = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield messages
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            messages.append(file.read())
 
 
 def _table(topology: str, results: dict[str, dict[str, Any]]) -> list[str]:

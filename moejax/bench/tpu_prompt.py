@@ -18,12 +18,13 @@ import jax
 from jax.sharding import Mesh
 
 from moejax.bench import PROGRAM
-from moejax.bench.tpu_compile import captured_stderr, count_collectives, list_instructions, topology_devices
+from moejax.bench.tpu_compile import count_collectives, list_instructions, topology_devices
 from moejax.config import ModelConfig, UserError
+from moejax.planning.chips import CHIPS
+from moejax.planning.messages import captured_stderr
 from moejax.results import deliver, describe_machine, markdown_table, require_place
 from moejax.rope_config import RopeScaling
 
-CHIP_BYTES = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9}  # of memory, by Google's published tables
 COLUMNS = (
     "compile_seconds", "weights_gb", "cache_gb", "arguments_gb", "temporary_gb", "total_gb", "fraction_of_chip", "collectives",
 )  # fmt: skip
@@ -138,7 +139,7 @@ def check_program(text: str, chunk: int, arguments: Arguments) -> list[str]:
 def tell(arguments: Arguments, mesh: Mesh, rows: list[dict[str, Any]]) -> list[str]:
     """The result as lines for people."""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-    chip = CHIP_BYTES.get(arguments.topology.partition(":")[0])
+    chip = CHIPS[arguments.topology.partition(":")[0]].hbm_bytes
     lines = [
         f"Arctic's {arguments.layers} layers reading {arguments.rows} x {arguments.length:,} tokens, compiled for {arguments.topology} "
         f"({axes}), not run; GB of one chip"

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from moejax.ops.dispatch_few import FEW_ROWS, FEW_ROWS_TPU, apply_experts_few, apply_experts_together
 from moejax.ops.expert_mlp import ExpertWeights, expert_mlp
-from moejax.ops.grouped import SPARE_ROWS
+from moejax.ops.grouped import count_spare_rows
 from moejax.ops.matmul import precision_of
 from moejax.ops.routing import Routing
 from moejax.ops.rows import combine_rows, count_groups, sort_groups, take_rows
@@ -58,7 +58,7 @@ def apply_experts_sorted(x: Float[Array, "M D"], routing: Routing, weights: Expe
     """Rows copied once per chosen expert and sorted by expert, the experts' MLPs, results brought back and summed."""
     order, place = sort_by_expert(routing.experts)
     group_sizes = count_groups(routing.experts.reshape(-1), weights.gate.shape[0])
-    outputs = expert_mlp(spread_rows(x, order, place), weights, group_sizes, SPARE_ROWS)
+    outputs = expert_mlp(spread_rows(x, order, place), weights, group_sizes, count_spare_rows(order.shape[0]))
     return combine_rows(routing.weights, outputs, place, _with_spare(order, order.shape[0]))
 
 
@@ -67,11 +67,11 @@ def sort_by_expert(experts: Int[Array, "M A"]) -> tuple[Int[Array, "MA"], Int[Ar
     return sort_groups(experts.reshape(-1))
 
 
-# Behind the sorted rows stand SPARE_ROWS of zeros (see ops.grouped): places that no choice has.
+# Behind the sorted rows stand spare ones of zeros (see ops.grouped): places that no choice has.
 
 
 def _with_spare(index: Int[Array, "MA"], nothing: int) -> Int[Array, "sorted"]:
-    return jnp.pad(index, (0, SPARE_ROWS), constant_values=nothing)
+    return jnp.pad(index, (0, count_spare_rows(index.shape[0])), constant_values=nothing)
 
 
 def spread_rows(x: Float[Array, "M D"], order: Int[Array, "MA"], place: Int[Array, "MA"]) -> Float[Array, "sorted D"]:

@@ -16,7 +16,7 @@ from moejax.ops.capacity import Slots
 from moejax.ops.dispatch_few import FEW_ROWS_TPU, apply_experts_together
 from moejax.ops.exchange import exchange_rows, plan_exchange
 from moejax.ops.expert_mlp import ExpertWeights, expert_mlp
-from moejax.ops.grouped import SPARE_ROWS
+from moejax.ops.grouped import count_spare_rows
 from moejax.ops.matmul import precision_of
 from moejax.ops.routing import Routing
 from moejax.ops.rows import combine_rows, count_groups, invert, sort_groups, take_rows
@@ -41,21 +41,17 @@ def _apply_sorted(x: Array, routing: Routing, weights: ExpertWeights) -> Array:
     return combine_rows(routing.weights, outputs, place, invert(place, outputs.shape[0]))
 
 
-def _run_sorted(
-    x: Array, local: Int[Array, "N"], weights: ExpertWeights, per_row: int, spare_rows: int = SPARE_ROWS
-) -> tuple[Array, Array]:
-    """(outputs sorted by expert, place of each choice among them): choice n is row n // per_row through expert local[n]; E is none.
-
-    `spare_rows` behind the others are for blocks on CPU; a kernel that takes rows in whole tiles is better off without.
-    """
+def _run_sorted(x: Array, local: Int[Array, "N"], weights: ExpertWeights, per_row: int) -> tuple[Array, Array]:
+    """(outputs sorted by expert, place of each choice among them): choice n is row n // per_row through expert local[n]; E is none."""
     count, num_experts = local.shape[0], weights.gate.shape[0]
+    spare = count_spare_rows(count)
     order, place = sort_groups(local)
     group_sizes = count_groups(local, num_experts)
-    inside = jnp.arange(count + spare_rows) < jnp.sum(group_sizes)
-    index = jnp.where(inside, jnp.pad(order, (0, spare_rows)) // per_row, x.shape[0])
-    place = jnp.where(local < num_experts, place, count + spare_rows)
+    inside = jnp.arange(count + spare) < jnp.sum(group_sizes)
+    index = jnp.where(inside, jnp.pad(order, (0, spare)) // per_row, x.shape[0])
+    place = jnp.where(local < num_experts, place, count + spare)
     rows = jnp.asarray(take_rows(x, index, place.reshape(-1, per_row)))
-    outputs = expert_mlp(rows, weights, group_sizes, spare_rows)
+    outputs = expert_mlp(rows, weights, group_sizes, spare)
     return jnp.where(inside[:, None], outputs, 0), place  # what a grouped matmul leaves behind the last group is undefined
 
 
@@ -100,7 +96,7 @@ def apply_ragged(
     rows = take_rows(x, order // per_token, place.reshape(-1, per_token))
     received = jnp.asarray(exchange_rows(rows, exchange, buffer_rows, axis, has_ragged))
     local = _experts_of_received(sizes[:, me], moved[:, me], buffer_rows)
-    outputs, back = _run_sorted(received, local, weights, 1, 0 if has_ragged else SPARE_ROWS)
+    outputs, back = _run_sorted(received, local, weights, 1)
     outputs = take_rows(outputs, back, invert(back, outputs.shape[0])[:, None])
     outputs = jnp.asarray(exchange_rows(outputs, exchange.reversed(), count, axis, has_ragged))
     y = combine_rows(routing.weights, outputs, place, order)

@@ -24,9 +24,20 @@ BLOCK_ROWS = (16, 32, 64, 96, 128, 160, 192, 224, 256)
 # Rows a caller may append that belong to no group. With them, blocks that reach past the last group need no padded copies of the rows.
 SPARE_ROWS = 32  # the widest step
 
+SPARE_TILE = 512  # rows, of the kernels on TPUs
+MANY_ROWS = 8192
+
 Rows = Float[Array, "M inside"]
 Weights = Float[Array, "E outside inside"]
 Sizes = Int[Array, "E"]
+
+
+def count_spare_rows(num_rows: int) -> int:
+    """How many spare rows to put behind `num_rows`: SPARE_ROWS, and behind many as many more as make all of them whole tiles.
+
+    A kernel takes rows in whole tiles, and a large array that is not made of them is copied into one that is.
+    """
+    return SPARE_ROWS + (-(num_rows + SPARE_ROWS) % SPARE_TILE if num_rows >= MANY_ROWS else 0)
 
 
 def grouped_matmul_reference(x: Rows, weights: Weights, group_sizes: Sizes) -> Float[Array, "M outside"]:

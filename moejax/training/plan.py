@@ -25,7 +25,7 @@ from moejax.planning.compiled import (
     describe_collectives,
     memory_of,
 )
-from moejax.planning.program import Program
+from moejax.planning.program import Computation, Program
 from moejax.planning.topology import Topology
 from moejax.sharding import MESH_AXES, check_mesh, make_mesh, partition_spec
 from moejax.training.placement import part_bytes
@@ -100,12 +100,19 @@ def state_bytes(config: RunConfig, mesh: Mesh) -> dict[str, int]:
 
 def kept_bytes(program: Program | None, layers: int) -> int:
     """Bytes of activations that the layers' loop keeps for the backward pass: what it fills layer by layer. 0 where layers stand apart."""
-    if program is None:
-        return 0
-    for one in program.computations[program.entry].instructions:
-        if one.opcode != "while" or program.trips(one) != layers:
+    return _kept_in(program, program.computations[program.entry], layers) if program is not None else 0
+
+
+def _kept_in(program: Program, computation: Computation, layers: int) -> int:
+    for one in computation.instructions:
+        if one.opcode != "while":
             continue
-        body = next(called for called in program.called_by(one) if len(called.parameters) == 1 and called.root.opcode == "tuple")
+        body = next(called for called in program.called_by(one) if called.root.opcode == "tuple")
+        if program.trips(one) != layers:  # as the loop over the parts of a batch, which has those of the layers inside
+            inside = _kept_in(program, body, layers)
+            if inside:
+                return inside
+            continue
         untouched = set()
         for place, name in enumerate(body.root.operands):
             made = body.by_name[name]

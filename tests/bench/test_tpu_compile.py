@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 
 import pytest
 
@@ -58,14 +57,6 @@ def test_sizes_that_are_not_those_of_the_mesh():
     assert check_sizes(good, mesh) == []
     assert "lie in 2.0 parts; expected 8" in check_sizes(good | {"expert_parts": 2.0}, mesh)[0]
     assert "a device takes 80000000 bytes" in check_sizes(good | {"argument_bytes": 80_000_000}, mesh)[0]
-
-
-def test_what_is_written_to_the_descriptor_is_captured(capfd):
-    with tpu_compile.captured_stderr() as messages:
-        os.write(2, b"from compiled code")
-    os.write(2, b"after")
-    assert messages == ["from compiled code"]
-    assert capfd.readouterr().err == "after"
 
 
 def test_without_libtpu_it_says_what_to_install():
