@@ -30,6 +30,9 @@ from moejax.sharding import axis_size, partition_spec
 
 FEW_ROWS = 8  # per device: moving them is then a matter of latency, and one gather is one message
 
+# "Ragged all-to-all is currently not supported in limited ICI routing settings", says their compiler.
+WITHOUT_RAGGED = ("TPU v5 lite", "TPU v5e")
+
 GATE_AXES = ("expert", "mlp", "embed")
 DOWN_AXES = ("expert", "embed", "mlp")
 
@@ -57,7 +60,7 @@ def reach_experts(
     inputs: TokenInputs,
 ) -> tuple[Float[Array, "B T D"], Routing, Array]:
     """(weighted sums of the experts' outputs, the routing [B, T, A], choices dropped); `bias` is added to the choice of experts alone."""
-    has_ragged = mesh is not None and mesh.devices.flat[0].platform != "cpu"
+    has_ragged = mesh is not None and has_ragged_exchange(mesh)
     run = functools.partial(_run, config, choose_dispatch(config, mesh, x.shape), has_ragged)
     if mesh is None:
         return run(None, x, logits, bias, weights, inputs)
@@ -155,6 +158,12 @@ def _gather_embed(weight: Array, spec: PartitionSpec) -> Array:
     return weight
 
 
+def has_ragged_exchange(mesh: Mesh) -> bool:
+    """Whether rows can go to other devices of the mesh in parts of any length. XLA cannot on CPUs, nor on TPU v5e."""
+    device = mesh.devices.flat[0]
+    return device.platform != "cpu" and device.device_kind not in WITHOUT_RAGGED
+
+
 def choose_dispatch(config: ModelConfig, mesh: Mesh | None, shape: tuple[int, ...]) -> str:
     """The kind that runs on x of this shape: what the config names, or what moves the fewest bytes; says which and why, once a case.
 
@@ -168,18 +177,22 @@ def choose_dispatch(config: ModelConfig, mesh: Mesh | None, shape: tuple[int, ..
     spread = partition_spec(("batch", "time", None), shape, mesh)
     if spread[0] is None:
         return "replicated"
+    if kind == "ragged" and not has_ragged_exchange(mesh) and mesh.devices.flat[0].platform != "cpu":
+        say_once(
+            f"dispatch ragged: these devices have no ragged all-to-all, blocks of one size travel, {experts} times the rows; see gather"
+        )
     if kind != "auto":
         return kind
     rows = shape[0] * shape[1] // axis_size(mesh, "data", "fsdp", "expert", "context")
-    return _choose(experts, rows, config.experts_per_token, config.hidden_size, mesh.devices.flat[0].platform)
+    return _choose(experts, rows, config.experts_per_token, config.hidden_size, has_ragged_exchange(mesh))
 
 
-def _choose(experts: int, rows: int, per_token: int, size: int, platform: str) -> Literal["gather", "ragged"]:
+def _choose(experts: int, rows: int, per_token: int, size: int, has_ragged: bool) -> Literal["gather", "ragged"]:
     gathered, ragged = (experts - 1) * rows * size * 2, rows * per_token * size * 2 * (experts - 1) // experts
     if rows <= FEW_ROWS:
         kind, why = "gather", f"{rows} rows a device are one message"
-    elif platform == "cpu":
-        kind, why = "gather", "XLA has no ragged all-to-all on CPU, and its stand-in moves more"
+    elif not has_ragged:
+        kind, why = "gather", "XLA has no ragged all-to-all on these devices, and its stand-in moves more"
     elif gathered <= ragged:
         kind, why = "gather", f"it moves {gathered:,} elements a device and layer, ragged {ragged:,}"
     else:
