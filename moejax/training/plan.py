@@ -157,7 +157,7 @@ def describe_plan(config: RunConfig, mesh: Mesh, topology: Topology, compiled: C
         "bytes_per_device": {
             **state,
             "activations": kept,
-            "temporaries": max(compiled.needed_bytes - sum(state.values()) - kept - compiled.program_bytes, 0) if compiled.fits else None,
+            "temporaries": max(compiled.needed_bytes - sum(state.values()) - kept - compiled.program_bytes, 0),
             "program": compiled.program_bytes,
             "total": compiled.needed_bytes,
         },
