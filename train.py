@@ -55,9 +55,10 @@ def main(argv: list[str]) -> None:
 
         print(describe_plan(config, find_prepared_tokens(config.data, config.model.vocab_size, Path(config.directory))))
     if values:
+        import moejax
         from moejax.training.plan_command import plan
 
-        plan(config, values)
+        plan(config, values, moejax.__version__)
     if flags or values:
         return
     join_processes(config.distributed)

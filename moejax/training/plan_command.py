@@ -18,8 +18,11 @@ from moejax.training.plan_search import find_fitting, search
 FITTING_SECONDS = 420.0  # spent on looking for what fits, where the run does not
 
 
-def plan(config: RunConfig, values: dict[str, str]) -> None:
-    """Prints the plan of a run; `values` are those of the flags --plan, --plan-search and --plan-json. Raises UserError for bad ones."""
+def plan(config: RunConfig, values: dict[str, str], version: str) -> None:
+    """Prints the plan of a run; `values` are those of the flags --plan, --plan-search and --plan-json. Raises UserError for bad ones.
+
+    `version`: moejax's own, for the file.
+    """
     name, file, seconds = _read_values(values)
     topology = open_topology(name)
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from there has no schedule to read
@@ -44,7 +47,7 @@ def plan(config: RunConfig, values: dict[str, str]) -> None:
             result["nearest_that_fits"] = nearest
             lines += ["", describe_nearest(nearest)]
     if file is not None:
-        _write(file, result | describe_versions())
+        _write(file, result | {"moejax": version} | describe_versions())
         lines.append(f"written to {file}")
     print("\n".join(lines))
 

@@ -105,6 +105,7 @@ def test_a_true_convolution_counts_what_meets(inputs, kernel, window, padding):
 # A training step.
 
 
+@pytest.mark.slow
 def test_a_training_step_is_what_the_configuration_says():
     """All matmuls of the compiled step are those counted by hand, but that all scores are computed and a query sees half of them.
 

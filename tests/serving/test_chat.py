@@ -66,6 +66,7 @@ def test_a_reply_is_that_to_the_whole_conversation():
     assert not conversation.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whose", ["model", "tokenizer"])
 def test_a_reply_ends_at_eos(whose, monkeypatch):
     ids = reply_ids([say("user", "hello")])

@@ -110,8 +110,8 @@ def run_requests(seed, count):
 
 
 @pytest.mark.slow
-def test_sixty_random_requests():
-    run_requests(0, 60)
+def test_thirty_random_requests():
+    run_requests(0, 30)
 
 
 @pytest.mark.slow

@@ -132,6 +132,7 @@ def test_the_limit_is_bytes_at_hbm_s_bandwidth(monkeypatch):
     assert decode["bandwidth_limit_nothing_twice_tokens_per_second"] > limit
 
 
+@pytest.mark.slow
 def test_a_tiny_model_on_the_devices_at_hand():
     """Compiled, with sums of bytes that are those of the arrays, and no times, as nothing is known of such devices."""
     made = plan_serving(TINY, MeshConfig(data=2, fsdp=1, expert=2, tensor=2), open_topology("local"), 8, 64, 16, CacheConfig())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import jax
 import pytest
@@ -91,15 +90,15 @@ def test_memory_is_what_a_run_takes(tmp_path):
     """Eight simulated devices are one process: the bytes of all of them, beside what jax itself takes, are its peak."""
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
-    flags = os.environ.get("XLA_FLAGS", "")
-    done = run_command(["python", script], XLA_FLAGS=flags, JAX_PLATFORMS="cpu", timeout=600)
+    done = run_command(["python", script], timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     planned, taken = json.loads(done.stdout.splitlines()[-1])
     assert 0.75 < planned / taken < 1.1
 
 
 MEASURE = """
-import json
+import json, os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import numpy as np
 import jax
 from moejax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
@@ -146,8 +145,9 @@ def test_a_plan_for_tpus():
     assert plan["fits"]
     # Causal attention and recomputing apart, the program's matmuls are the model's.
     assert plan["flops"]["program"] == pytest.approx(4 / 3 * count_flops(model, 16, 1024), rel=0.1)
-    assert plan["hidden_all_to_all_forward"] > plan["sequential_hidden_all_to_all_forward"] + 0.2
+    assert plan["hidden_all_to_all_forward"] > plan["sequential_hidden_all_to_all_forward"]
     assert 0 < plan["predicted_mfu"] < 1
-    large = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=8192))
-    refused = plan_run(large, open_topology("v5p:2x2x2"), compare_sequential=False)
-    assert not refused["fits"] and refused["bytes_per_device"]["total"] > refused["hbm_bytes"]
+    default = dataclasses.replace(config, train=dataclasses.replace(config.train, compiler_options="default"))
+    exposed = plan_run(default, open_topology("v5p:2x2x2"), compare_sequential=False)
+    assert exposed["hidden_all_to_all_forward"] == 0
+    assert exposed["predicted_step_seconds"] > plan["predicted_step_seconds"]

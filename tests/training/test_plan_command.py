@@ -36,7 +36,7 @@ def test_what_does_not_fit_names_the_nearest_that_does(monkeypatch, capsys, fitt
     monkeypatch.setattr(plan_command, "plan_run", lambda config, topology: refused)
     monkeypatch.setattr(plan_command, "find_fitting", lambda config, topology, seconds: nearest if fitting else None)
     monkeypatch.setattr(plan_command, "tell_plan", lambda result: ["it does not fit"])
-    plan_command.plan(CONFIG, {"--plan": "local"})
+    plan_command.plan(CONFIG, {"--plan": "local"}, "1.0")
     printed = capsys.readouterr()
     assert "looking for the nearest that fits" in printed.err
     assert printed.out.splitlines() == ["it does not fit", "", describe_nearest(nearest if fitting else None)]
