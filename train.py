@@ -37,14 +37,15 @@ FLAGS = {
     "--summary": "print the parameters by kind of module, and stop",
     "--data-plan": "print stages, domains, tokens and epochs, and stop",
     "--plan TOPOLOGY": "compile the step for v5p:8x8x16, 2*v5p:8x8x8 (slices), local ...; print memory, time, communication; stop",
-    "--plan-search SECONDS": "with --plan: try meshes and remat policies for so long, and print which are worth having",
+    "--plan-search [SECONDS]": "with --plan: try meshes and remat policies for so long (600), and print which are worth having",
     "--plan-json FILE": "with --plan: write what it found there too",
 }
 
 
 def main(argv: list[str]) -> None:
     """Reads the configuration; trains, or prints what a flag asks for."""
-    config, _, flags, values = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS, complete)
+    is_asked = any(token.partition("=")[0] in ("--plan", "--summary") for token in argv)
+    config, _, flags, values = parse_run(argv, HERE / "configs" / "tiny.py", FLAGS, functools.partial(complete, needs_weights=not is_asked))
     if "--summary" in flags:
         from moejax.families.counts import summarise
 
@@ -68,13 +69,13 @@ def main(argv: list[str]) -> None:
         train(replace(config, train=replace(config.train, steps=steps_to_take(config))))
 
 
-def complete(config: RunConfig) -> RunConfig:
+def complete(config: RunConfig, needs_weights: bool = True) -> RunConfig:
     """The model's section from the checkpoint that the run begins with, where the config leaves it open."""
     if config.init_from is None:
         return config
     from moejax.training.initial import complete_config
 
-    return complete_config(config)
+    return complete_config(config, needs_weights)
 
 
 def train(config: RunConfig) -> None:

@@ -80,10 +80,10 @@ def parse_run(
     """Reads `[CONFIG.py] [--flag] [--section.field value ...]`, the config file anywhere among the flags.
 
     `default_path` is the config used when none is named; `flags` maps each flag of the command itself (`"--summary"`) to
-    its line of help, one that takes a value being named with it (`"--plan TOPOLOGY"`). `complete` may fill in what the file leaves
-    open, before flags have their say: it gets the file's config with the run's name and directory and `init_from` as the flags set
-    them. Raises UserError for a config that is missing or wrong, an unknown flag and values that cannot work together; exits with
-    status 0 after `--help`, and 2 after tyro's message for a value of the wrong type.
+    its line of help, one that takes a value being named with it (`"--plan TOPOLOGY"`), in brackets where it may be left out.
+    `complete` may fill in what the file leaves open, before flags have their say: it gets the file's config with the run's name and
+    directory and `init_from` as the flags set them. Raises UserError for a config that is missing or wrong, an unknown flag and values
+    that cannot work together; exits with status 0 after `--help`, and 2 after tyro's message for a value of the wrong type.
     """
     help_of_flags = dict(flags or {})
     own_flags = {name.partition(" ")[0]: text for name, text in help_of_flags.items()}
@@ -105,7 +105,10 @@ def parse_run(
 
 
 def _take_values(argv: Sequence[str], flags: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Values of the command's own flags (each `"--plan TOPOLOGY"`), and what is left. Raises UserError for one without a value."""
+    """Values of the command's own flags (each `"--plan TOPOLOGY"`), and what is left. Raises UserError for one without a value.
+
+    The value of one in brackets (`"--plan-search [SECONDS]"`) may be left out: it is then empty.
+    """
     names = {name: placeholder for name, _, placeholder in (flag.partition(" ") for flag in flags)}
     values, rest, tokens = {}, [], list(argv)
     while tokens:
@@ -115,8 +118,10 @@ def _take_values(argv: Sequence[str], flags: Sequence[str]) -> tuple[dict[str, s
             rest.append(f"{name}{equals}{value}")
         elif equals:
             values[name] = value
-        elif tokens and not tokens[0].startswith("--"):
+        elif tokens and not tokens[0].startswith("--") and not (names[name].startswith("[") and tokens[0].endswith(".py")):
             values[name] = tokens.pop(0)
+        elif names[name].startswith("["):
+            values[name] = ""
         else:
             raise UserError(f"{name} needs a value; give {name} {names[name]}")
     return values, rest

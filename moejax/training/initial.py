@@ -41,8 +41,10 @@ class Start:
     tokenizer: Tokenizer
 
 
-def complete_config(config: RunConfig) -> RunConfig:
+def complete_config(config: RunConfig, needs_weights: bool = True) -> RunConfig:
     """The configuration with the model of its checkpoint, where it names no sizes of its own.
+
+    One that does is what it is where no weights are needed, as for a plan.
 
     The checkpoint is the run's newest, else that of `init_from`. Weights are kept in config.model.param_dtype (float32 unless set),
     and computed in the checkpoint's dtype; float16, in which small gradients vanish, becomes bfloat16. Rows become no longer than what
@@ -52,6 +54,8 @@ def complete_config(config: RunConfig) -> RunConfig:
     if metadata is not None:
         config = replace(config, init_from=config.init_from or (metadata.run or {}).get("init_from"))
         model = metadata.config
+    elif not config.init_from and not needs_weights and _names_sizes(config):
+        return config
     elif not config.init_from:
         raise UserError("this config trains a model that exists already; name its checkpoint: --init-from DIRECTORY")
     else:
@@ -61,9 +65,13 @@ def complete_config(config: RunConfig) -> RunConfig:
         )
         own = {name: getattr(config.model, name) for name in names}
         model = replace(found, **own, dtype="bfloat16" if found.dtype == "float16" else found.dtype)
-    if _differing_fields(config.model, ModelConfig(), CHOSEN_BY_THE_RUN - REACH):
+    if _names_sizes(config):
         return config  # it names its own sizes; `find_start` compares them
     return replace(config, model=model, data=replace(config.data, sequence_length=min(config.data.sequence_length, model.max_length)))
+
+
+def _names_sizes(config: RunConfig) -> bool:
+    return bool(_differing_fields(config.model, ModelConfig(), CHOSEN_BY_THE_RUN - REACH))
 
 
 def find_start(config: RunConfig) -> Start | None:

@@ -15,6 +15,7 @@ from moejax.training.plan import plan_run, require_plannable
 from moejax.training.plan_report import tell_plan, tell_search
 from moejax.training.plan_search import find_fitting, search
 
+SEARCH_SECONDS = 600.0  # of a search, where no other time is asked for
 FITTING_SECONDS = 420.0  # spent on looking for what fits, where the run does not
 
 
@@ -58,7 +59,7 @@ def _read_values(values: dict[str, str]) -> tuple[str, Path | None, float | None
     check_name(values["--plan"])
     seconds = values.get("--plan-search")
     try:
-        parsed = None if seconds is None else float(seconds)
+        parsed = None if seconds is None else float(seconds or SEARCH_SECONDS)
     except ValueError:
         raise UserError(f"--plan-search {seconds} is no number of seconds; use one as 900") from None
     if parsed is not None and parsed <= 0:

@@ -280,6 +280,22 @@ def test_the_32k_config_is_arctic_but_for_how_far_it_reads():
     assert "478,584,608,768" in module.__doc__ and f"{478_584_608_768 * 16 / 1e12:.2f} TB" in module.__doc__
 
 
+def test_a_plan_needs_no_checkpoint_where_the_config_names_sizes(tmp_path, monkeypatch):
+    from moejax.cli import load_config
+    from moejax.training.initial import complete_config
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("arctic_480b_32k", "finetune"):
+        config = load_config(ROOT / "configs" / f"{name}.py", ROOT / "configs")[0]
+        with pytest.raises(UserError, match="name its checkpoint"):
+            complete_config(config)
+        if name == "finetune":
+            with pytest.raises(UserError, match="name its checkpoint"):
+                complete_config(config, needs_weights=False)
+        else:
+            assert complete_config(config, needs_weights=False) == config
+
+
 @pytest.mark.slow
 def test_the_32k_config_scaled_down_trains_on_eight_devices(place, train, tmp_path):
     """The same file with small sizes: a checkpoint of 64 tokens is taught to read 512, on a mesh that divides rows, experts and weights."""

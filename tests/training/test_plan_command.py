@@ -26,6 +26,15 @@ def test_a_plan_is_printed_and_written_and_nothing_else_is_made(tmp_path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
 
 
+@pytest.mark.parametrize(("words", "seconds"), [(["--plan-search"], 600.0), (["--plan-search", "30"], 30.0)])
+def test_a_search_takes_its_time_or_another(monkeypatch, capsys, words, seconds):
+    asked = []
+    monkeypatch.setattr(plan_command, "search", lambda config, topology, seconds, tell: (asked.append(seconds) or [], 7))
+    train.main(["--plan", "local", *words, "configs/tiny.py", *FLAGS])
+    assert asked == [seconds]
+    assert f"0 plans in {seconds:.0f} s, 7 not tried" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("fitting", [True, False])
 def test_what_does_not_fit_names_the_nearest_that_does(monkeypatch, capsys, fitting):
     refused = {"fits": False, "name": "x"}
