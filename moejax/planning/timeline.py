@@ -18,6 +18,9 @@ from moejax.planning.program import Computation, Instruction, Program
 from moejax.planning.topology import Topology
 
 EXCHANGES = ("all-to-all", "ragged-all-to-all")
+SLICE_AXIS = "data"  # of the mesh, the only one that runs across slices
+LONGEST_SEARCH = 64  # instructions
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
 _ASYNC_NAME = re.compile(r"async-collective-(start|done)(.*)")
 
 
@@ -111,6 +114,8 @@ class _Walk:
         elif opcode in ("conditional", "call"):
             branches = [self.measure(branch) for branch in self.program.called_by(instruction)]
             self.inside(max(branches, key=lambda branch: (branch.seconds, branch.flops, branch.hbm_bytes)), 1)
+        elif opcode in ("send", "recv"):
+            self.begin_transfer(computation, instruction)
         elif (started := self.find_collective(computation, instruction)) is not None:
             self.take_off(instruction, *started)
         else:
@@ -157,6 +162,16 @@ class _Walk:
         for flight in self.flights.values():
             flight.collective.compute_between += seconds
 
+    def begin_transfer(self, computation: Computation, instruction: Instruction) -> None:
+        """What goes from slice to slice through the hosts; it is written as a send and a receive, of which the latter is waited for."""
+        kind = _BETWEEN_SLICES.search(instruction.attributes)
+        if kind is None or instruction.opcode == "send" or self.topology.slices == 1:
+            return
+        name, moved = kind[1].lower().replace("_", "-"), float(instruction.shapes[0].bytes)
+        group = Group(self.topology.slices, (SLICE_AXIS,), (), slices=self.topology.slices)
+        seconds = transfer_seconds(name, moved, group, self.topology)
+        self.take_off(instruction, Collective(name, _origin(computation, instruction), 1, moved, group, seconds, True), True)
+
     def find_collective(self, computation: Computation, instruction: Instruction) -> tuple[Collective, bool] | None:
         """The collective that an instruction is or begins, and whether the cores go on meanwhile."""
         kind, inner, where = kind_of(instruction.opcode), instruction, computation
@@ -183,7 +198,7 @@ class _Walk:
             group = find_group(first_group(inner.attributes, self.mesh.size), self.mesh, self.topology)
         moved = moved_bytes(kind, inner, operands)
         seconds = transfer_seconds(kind, moved, group, self.topology)
-        return Collective(kind, inner.op_name or instruction.op_name, 1, moved, group, seconds, is_async), is_async
+        return Collective(kind, inner.op_name or _origin(computation, instruction), 1, moved, group, seconds, is_async), is_async
 
     def take_off(self, instruction: Instruction, collective: Collective, is_async: bool) -> None:
         """A collective begins, as soon as its links are free."""
@@ -206,6 +221,18 @@ class _Walk:
             self.timeline.waiting_seconds += flight.ends - self.clock
             self.timeline.roofline_seconds += flight.ends - self.clock
             self.clock = flight.ends
+
+
+def _origin(computation: Computation, instruction: Instruction) -> str:
+    """The path of the jax operation that an instruction came from; where the compiler lost it, that of what it works on."""
+    waiting, seen = [instruction], set()
+    while waiting and len(seen) < LONGEST_SEARCH:
+        one = waiting.pop(0)
+        if one.op_name:
+            return one.op_name
+        seen.add(one.name)
+        waiting += [computation.by_name[name] for name in one.operands if name in computation.by_name and name not in seen]
+    return ""
 
 
 def _async_part(instruction: Instruction) -> tuple[str | None, str]:

@@ -327,3 +327,33 @@ def test_of_a_machine_without_a_chip_flops_are_counted_and_no_time():
     )
     assert (found.flops, found.seconds, found.hidden_exchange("forward")) == (2 * SIDE**3, 0, None)
     assert found.collectives[0].group.axes == ("expert",)
+
+
+# Between slices.
+
+
+def test_what_goes_between_slices_is_covered_by_work_too():
+    """A reduction over the slices is a send and a receive through the hosts; each chip's part goes over the network twice, less its own."""
+    topology = make_topology("2*v5p:2x2x2")
+    mesh = make_mesh(topology, data=2, expert=8)
+    transfer = 'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
+    seconds = 2 * ROWS / 2 / 6.25e9
+    found = schedule(
+        "%token = token[] after-all()",
+        f"%recv = ({TOKENS}, u32[], token[]) recv(%token), channel_id=1, {transfer}",
+        f"%send = ({TOKENS}, u32[], token[]) send(%a, %token), channel_id=2, {transfer}",
+        matmul("work"),
+        "%sent = token[] send-done(%send), channel_id=2",
+        f"%received = ({TOKENS}, token[]) recv-done(%recv), channel_id=1",
+        topology=topology, mesh=mesh,
+    )  # fmt: skip
+    (one,) = found.collectives
+    assert (one.kind, one.group.axes, one.is_async, one.bytes) == ("all-reduce", ("data",), True, ROWS)
+    assert one.seconds == pytest.approx(seconds) and one.hidden == pytest.approx(MATMUL)
+    assert found.seconds == pytest.approx(seconds)  # it takes longer than the work
+
+
+def test_a_collective_whose_path_is_lost_has_that_of_what_it_moves():
+    bare = f"%go = (({TOKENS}), {TOKENS}, u32[]{{:S(2)}}) all-to-all-start(%made), channel_id=1, {X}"
+    found = schedule(f"{matmul('made')}, {BACKWARD}", bare, done("came", "go"))
+    assert found.hidden_exchange("backward") == 0 and found.hidden_exchange("forward") is None
