@@ -25,7 +25,7 @@ PROGRAM = """import sys
 from moejax.cli import parse_run, run_command
 
 def main(argv):
-    config, path, flags = parse_run(argv, "configs/small.py", {"--summary": "print the parameters"})
+    config, path, flags, _ = parse_run(argv, "configs/small.py", {"--summary": "print the parameters"})
     print(config.name, config.train.steps, path, *sorted(flags))
 
 run_command(main)
@@ -48,7 +48,7 @@ def parse(*argv: str) -> cli.ParsedRun:
 
 
 def test_no_argument_is_the_default_config(folder):
-    assert parse() == (RunConfig(name="small", model=parse().config.model), Path("configs/small.py"), frozenset())
+    assert parse() == (RunConfig(name="small", model=parse().config.model), Path("configs/small.py"), frozenset(), {})
     assert parse().config.model.num_layers == 2
 
 
@@ -60,7 +60,7 @@ BETWEEN_FLAGS = [position for position in range(len(OVERRIDES) + 1) if [*OVERRID
 @pytest.mark.parametrize("position", BETWEEN_FLAGS)
 def test_overrides_with_the_config_anywhere(folder, position):
     (folder / "configs" / "other.py").write_text(CONFIG.replace("small", "other"))
-    config, path, flags = parse(*OVERRIDES[:position], "configs/other.py", *OVERRIDES[position:])
+    config, path, flags, _ = parse(*OVERRIDES[:position], "configs/other.py", *OVERRIDES[position:])
     assert (config.name, path, flags) == ("other", Path("configs/other.py"), frozenset())
     assert config.directory == "DIR"
     assert (config.train.steps, config.train.save_every, config.train.log_every, config.train.batch_size) == (20, 5, 1, 4)
@@ -269,3 +269,26 @@ def test_a_reader_that_leaves_is_no_error(folder):
     result = run_command(["bash", "-c", f'"{sys.executable}" -c "$0" | head -n 1; echo "${{PIPESTATUS[0]}}"', script], cwd=folder)
     assert result.stdout.splitlines() == ["line", "141"]
     assert result.stderr == ""
+
+
+FLAGS_WITH_VALUES = {"--plan TOPOLOGY": "where", "--plan-search [SECONDS]": "how long"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "values"),
+    [
+        (["--plan", "v5p:2x2x2"], {"--plan": "v5p:2x2x2"}),
+        (["--plan=v5p:2x2x2", "--train.steps", "3"], {"--plan": "v5p:2x2x2"}),
+        (["--plan", "local", "--plan-search", "configs/small.py"], {"--plan": "local", "--plan-search": ""}),
+        (["--plan-search", "--plan", "local"], {"--plan": "local", "--plan-search": ""}),
+        (["--plan-search", "20", "--plan", "local"], {"--plan": "local", "--plan-search": "20"}),
+    ],
+)
+def test_flags_of_the_command_with_values(folder, argv, values):
+    assert parse_run(argv, "configs/small.py", FLAGS_WITH_VALUES).values == values
+
+
+@pytest.mark.parametrize("argv", [["--plan"], ["--plan", "--train.steps", "3"]])
+def test_a_flag_without_its_value_says_what_is_missing(folder, argv):
+    with pytest.raises(UserError, match="--plan needs a value; give --plan TOPOLOGY"):
+        parse_run(argv, "configs/small.py", FLAGS_WITH_VALUES)

@@ -46,7 +46,7 @@ def test_the_first_row_ends_the_time_and_the_last_one_the_run(tmp_path):
 def test_a_run_that_ends_before_says_its_last_words(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    with pytest.raises(UserError, match=r"did not come to its first step .*; its last words: error: no such luck"):
+    with pytest.raises(UserError, match=r"ended before its first step, .*; its last words: error: no such luck"):
         startup.time_start(script, tmp_path / "broken.py", tmp_path / "run", tmp_path / "programs")
 
 
