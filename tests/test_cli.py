@@ -285,10 +285,10 @@ FLAGS_WITH_VALUES = {"--plan TOPOLOGY": "where", "--plan-search [SECONDS]": "how
     ],
 )
 def test_flags_of_the_command_with_values(folder, argv, values):
-    assert parse_run(argv, "configs/small.py", FLAGS_WITH_VALUES).values == values
+    assert cli.parse_run(argv, "configs/small.py", FLAGS_WITH_VALUES).values == values
 
 
 @pytest.mark.parametrize("argv", [["--plan"], ["--plan", "--train.steps", "3"]])
 def test_a_flag_without_its_value_says_what_is_missing(folder, argv):
     with pytest.raises(UserError, match="--plan needs a value; give --plan TOPOLOGY"):
-        parse_run(argv, "configs/small.py", FLAGS_WITH_VALUES)
+        cli.parse_run(argv, "configs/small.py", FLAGS_WITH_VALUES)
