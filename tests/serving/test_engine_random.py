@@ -110,10 +110,5 @@ def run_requests(seed, count):
 
 
 @pytest.mark.slow
-def test_thirty_random_requests():
-    run_requests(0, 30)
-
-
-@pytest.mark.slow
 def test_five_hundred_random_requests():
     run_requests(1, 500)
