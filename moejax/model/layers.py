@@ -1,4 +1,4 @@
-"""The modules that own weights. Projection, Router and ExpertKernel are the only readers of matmul weights."""
+"""The modules that own weights. Projection, Router, ExpertKernel and Head are the only readers of matmul weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from moejax.config import ModelConfig
-from moejax.ops.matmul import project
+from moejax.ops.matmul import InputMajor, project
 from moejax.sharding import constrain
 
 Axes = tuple[str | None, ...]
@@ -19,6 +19,26 @@ Axes = tuple[str | None, ...]
 
 def _normal(config: ModelConfig, axes: Axes) -> Callable[..., Any]:
     return nn.with_logical_partitioning(nn.initializers.normal(config.initializer_range), axes)
+
+
+def _read_kernel(module: nn.Module, config: ModelConfig, shape: tuple[int, ...], axes: Axes) -> Any:
+    """The module's `kernel`, output-major as in every checkpoint, or the InputMajor one that was put in its place (`turn_kernels`)."""
+    if module.has_variable("params", "kernel") and isinstance(kernel := module.get_variable("params", "kernel"), InputMajor):
+        if kernel.shape != shape:
+            raise ValueError(f"the kernel of {'/'.join(module.path)} has the shape {kernel.shape}; expected {shape}")
+        return kernel
+    return module.param("kernel", _normal(config, axes), shape, jnp.dtype(config.param_dtype))
+
+
+def turn_kernels(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameter tree with the weights of all matmuls but the router's input-major, for a model without gradients on one CPU."""
+    turned = {}
+    for name, value in params.items():
+        if name == "kernel":
+            turned[name] = InputMajor(value.swapaxes(-1, -2))
+        else:
+            turned[name] = turn_kernels(value) if isinstance(value, dict) and name != "router" else value
+    return turned
 
 
 class Projection(nn.Module):
@@ -34,21 +54,19 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows inside"]) -> Float[Array, "*rows outside"]:
-        kernel = self.param("kernel", _normal(self.config, self.axes), self.shape, jnp.dtype(self.config.param_dtype))
-        return project(x, kernel.astype(x.dtype))
+        return project(x, _read_kernel(self, self.config, self.shape, self.axes).astype(x.dtype))
 
 
 class ExpertKernel(nn.Module):
-    """The weights [E, outputs, inputs] of one projection of all experts; multiplied by `ops.dispatch`."""
+    """The weights [E, outputs, inputs] of one projection of all experts, an array or InputMajor; multiplied by `ops.dispatch`."""
 
     config: ModelConfig
     shape: tuple[int, int, int]
     axes: Axes
 
     @nn.compact
-    def __call__(self) -> Float[Array, "E outside inside"]:
-        kernel = self.param("kernel", _normal(self.config, self.axes), self.shape, jnp.dtype(self.config.param_dtype))
-        return kernel.astype(self.config.dtype)
+    def __call__(self) -> Any:
+        return _read_kernel(self, self.config, self.shape, self.axes).astype(self.config.dtype)
 
 
 class Router(nn.Module):
@@ -105,14 +123,13 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """The weight [V, D] of the output projection, returned and not applied: the loss takes it in chunks."""
+    """The weight [V, D] of the output projection, an array or InputMajor, returned and not applied: the loss takes it in chunks."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> Float[Array, "V D"]:
-        shape = (self.config.vocab_size, self.config.hidden_size)
-        return self.param("kernel", _normal(self.config, ("vocab", "embed")), shape, jnp.dtype(self.config.param_dtype))
+    def __call__(self) -> Any:
+        return _read_kernel(self, self.config, (self.config.vocab_size, self.config.hidden_size), ("vocab", "embed"))
 
 
 class MLP(nn.Module):

@@ -293,8 +293,8 @@ def _real_tokens(mask: Any, segments: Any) -> Array | None:
     return real
 
 
-def head_weight(params: dict[str, Any]) -> Float[Array, "V D"]:
-    """The head's weight in a parameter tree: its own, or the embedding where they are tied."""
+def head_weight(params: dict[str, Any]) -> Any:
+    """The head's weight [V, D] in a parameter tree, as it lies there: its own, or the embedding where they are tied."""
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from moejax.ops.dispatch_few import FEW_ROWS, FEW_ROWS_TPU, apply_experts_few, apply_experts_together
 from moejax.ops.expert_mlp import ExpertWeights, expert_mlp
 from moejax.ops.grouped import count_spare_rows
-from moejax.ops.matmul import precision_of
+from moejax.ops.matmul import as_output_major, precision_of
 from moejax.ops.routing import Routing
 from moejax.ops.rows import combine_rows, count_groups, sort_groups, take_rows
 
@@ -35,6 +35,7 @@ def apply_experts(
 
 def apply_experts_dense(x: Float[Array, "M D"], routing: Routing, weights: ExpertWeights) -> Float[Array, "M D"]:
     """Every expert on every row, then the weighted sum: the slow reference."""
+    weights = as_output_major(weights)
     precision = precision_of(x.dtype)
     gate = jnp.einsum("md,efd->emf", x, weights.gate, precision=precision)
     up = jnp.einsum("md,efd->emf", x, weights.up, precision=precision)

@@ -13,11 +13,11 @@ from jax import numpy as jnp
 from jaxtyping import Float, Int
 
 from moejax.ops.grouped import SPARE_ROWS, group_starts, grouped_matmul, over_blocks, pad_rows
-from moejax.ops.matmul import precision_of
+from moejax.ops.matmul import as_output_major, precision_of, project
 
 
 class ExpertWeights(NamedTuple):
-    """The three weights of every expert, output-major."""
+    """The three weights of every expert, output-major. On one CPU an engine puts `ops.matmul.InputMajor` ones in their places."""
 
     gate: Float[Array, "E F D"]
     up: Float[Array, "E F D"]
@@ -39,8 +39,9 @@ def expert_mlp_reference(
     rows: Float[Array, "M D"], weights: ExpertWeights, group_sizes: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "M D"]:
     """Three grouped matmuls, all rows at once."""
-    gate, up = (grouped_matmul(rows, weight, group_sizes, spare_rows) for weight in (weights.gate, weights.up))
-    return grouped_matmul(jax.nn.silu(gate) * up, weights.down, group_sizes, spare_rows)
+    gate, up, down = as_output_major(weights)
+    hidden = jax.nn.silu(grouped_matmul(rows, gate, group_sizes, spare_rows)) * grouped_matmul(rows, up, group_sizes, spare_rows)
+    return grouped_matmul(hidden, down, group_sizes, spare_rows)
 
 
 def expert_mlp_blocked(
@@ -85,8 +86,8 @@ def _run(rows: Array, weights: ExpertWeights, group_sizes: Array, keep: bool) ->
         def block(first, count, carry):
             out, kept = carry
             x = _slice(rows, first, count)
-            gate, up = _dot(x, weight.gate, 1, 1), _dot(x, weight.up, 1, 1)
-            out = _put(out, _dot(jax.nn.silu(gate) * up, weight.down, 1, 1), first)
+            gate, up = project(x, weight.gate), project(x, weight.up)
+            out = _put(out, project(jax.nn.silu(gate) * up, weight.down), first)
             return out, None if kept is None else (_put(kept[0], gate, first), _put(kept[1], up, first))
 
         return over_blocks(start, size, rows.shape[0] - SPARE_ROWS, block, carry), None

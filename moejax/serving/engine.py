@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
 from moejax.cache_config import CacheConfig
-from moejax.config import UserError
+from moejax.config import ModelConfig, UserError
 from moejax.generation_config import GenerationSettings
 from moejax.model.cache import create_cache
+from moejax.model.expert_dispatch import choose_dispatch
+from moejax.model.layers import turn_kernels
 from moejax.model.transformer import Transformer, unstack_layers
 from moejax.ops.sampling import Sampling
 from moejax.serving.decoding import STEPS, Asked, DecodeState, Details, Limits, choose_first, decode, prefill
@@ -35,8 +36,9 @@ _SECONDS_A_CALL = 0.2  # how long text may stay away, and Ctrl-C wait, while a c
 class Engine:
     """Continues batches of token ids with one model; holds no state between calls beside compiled programs.
 
-    On CPU, decoding through a scan over stacked layers copies every layer's weights at every step. So a model of up to UNROLLED_LAYERS
-    layers on one CPU device is unstacked once, here: the layers' weights a second time, for as long as the engine lives.
+    On CPU, decoding through a scan over stacked layers copies every layer's weights at every step, and matmuls of few rows take longer
+    by output-major weights. So the weights of a model of up to UNROLLED_LAYERS layers on one CPU device are unstacked and turned once,
+    here: all of them but the embedding a second time, for as long as the engine lives.
     """
 
     def __init__(
@@ -53,10 +55,9 @@ class Engine:
         self.cache = cache
         self.chunk = chunk
         config = model.config
-        if config.scan_layers and config.num_layers <= UNROLLED_LAYERS and model.mesh is None and jax.default_backend() == "cpu":
-            unrolled = dataclasses.replace(config, scan_layers=False)
-            variables = {**variables, "params": _unstack(unrolled, variables["params"])}
-            model = Transformer(unrolled)
+        if config.num_layers <= UNROLLED_LAYERS and model.mesh is None and jax.default_backend() == "cpu":
+            variables = {**variables, "params": _prepare_for_cpu(config, variables["params"])}
+            model = Transformer(dataclasses.replace(config, scan_layers=False))
         self.model = model
         self.variables = variables
 
@@ -234,8 +235,9 @@ def round_up(number: int, multiple: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _unstack(config: Any, params: dict[str, Any]) -> dict[str, Array]:
-    return unstack_layers(params, config)
+def _prepare_for_cpu(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
+    params = unstack_layers(params, config) if config.scan_layers else params
+    return turn_kernels(params) if choose_dispatch(config, None, ()) == "sorted" else params
 
 
 def _bucket_top(wanted: list[int | None], vocabulary: int) -> int | None:
