@@ -56,25 +56,28 @@ class Continuation:
 def run(arguments: Arguments) -> None:
     """Measures and reports."""
     from moejax.model.transformer import Transformer, init_parameters
+    from moejax.serving.engine import Engine
 
     arguments = hold_to_peer_shape(arguments, prompt_length=PEER_PROMPT, new_tokens=PEER_NEW)
     model = Transformer(arguments.model)
     variables = {"params": jax.jit(functools.partial(init_parameters, model))(jax.random.key(0))}
-    first = {batch: continue_prompts(model, variables, batch, arguments) for batch in arguments.batch_sizes}
+    engine = Engine(model, variables)
+    first = {batch: continue_prompts(engine, batch, arguments) for batch in arguments.batch_sizes}
     memory = peak_memory()  # before the ceilings take theirs
     ceilings = Ceilings(arguments.model.dtype)
-    rows = [measure_batch(model, variables, batch, first[batch], ceilings, arguments) for batch in arguments.batch_sizes]
+    rows = [measure_batch(engine, model, variables, batch, first[batch], ceilings, arguments) for batch in arguments.batch_sizes]
     sizes = {"prompt_length": arguments.prompt_length, "new_tokens": arguments.new_tokens}
     report("decode", {**memory, **sizes, **describe_shape(arguments.model, SHAPE_FIELDS), "rows": rows}, arguments, COLUMNS)
 
 
-def continue_prompts(model: Any, variables: Any, batch: int, arguments: Arguments) -> Continuation:
+def continue_prompts(engine: Any, batch: int, arguments: Arguments) -> Continuation:
     """Continues the same random prompts each time, as any caller of the engine does."""
-    from moejax.serving.engine import Engine, GenerationSettings
+    from moejax.generation_config import GenerationSettings
 
     settings = GenerationSettings(arguments.new_tokens, ignore_eos=True)
+    prompts = make_prompts(arguments.model, batch, arguments.prompt_length).tolist()
     started, first, steps = time.perf_counter(), 0.0, []
-    for tokens in Engine(model, variables).stream(make_prompts(model.config, batch, arguments.prompt_length).tolist(), settings):
+    for tokens in engine.stream(prompts, settings):
         first = first or time.perf_counter() - started
         steps.append(tokens)
     return Continuation(first, time.perf_counter() - started, np.array(steps, np.int32).T)
@@ -86,12 +89,12 @@ def make_prompts(config: ModelConfig, batch: int, length: int) -> np.ndarray:
 
 
 def measure_batch(
-    model: Any, variables: Any, batch: int, compiling: Continuation, ceilings: Ceilings, arguments: Arguments
+    engine: Any, model: Any, variables: Any, batch: int, compiling: Continuation, ceilings: Ceilings, arguments: Arguments
 ) -> dict[str, Any]:
     """A row of results: one batch size. `compiling` is the first call, which compiled."""
     config, new = model.config, arguments.new_tokens
     calls: list[Continuation] = []
-    functions = {"decode": lambda: calls.append(continue_prompts(model, variables, batch, arguments)), **ceilings.functions}
+    functions = {"decode": lambda: calls.append(continue_prompts(engine, batch, arguments)), **ceilings.functions}
     reached = ceilings.results(time_calls(functions, arguments.repeats, warmup=1))
     calls = calls[1:]
     step = summarise_seconds([(call.last - call.first) / (new - 1) for call in calls])

@@ -8,6 +8,7 @@ from jax import numpy as jnp
 from moejax.ops.dispatch import apply_experts, sort_by_expert, spread_rows
 from moejax.ops.expert_mlp import ExpertWeights
 from moejax.ops.grouped import SPARE_ROWS
+from moejax.ops.matmul import InputMajor
 from moejax.ops.routing import Routing, route
 from moejax.ops.rows import combine_rows
 
@@ -43,6 +44,16 @@ def test_sorted_equals_dense(rows, per_token, skew):
 
     for ours, expected in zip(jax.tree.leaves(run("sorted")), jax.tree.leaves(run("dense")), strict=True):
         np.testing.assert_allclose(ours, expected, atol=2e-5 * max(1.0, float(jnp.max(jnp.abs(expected)))))
+
+
+@pytest.mark.parametrize("kind", ["sorted", "dense"])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_input_major_weights_give_the_same(rows, kind):
+    x, logits, weights, _ = make(rows, 2, "none")
+    turned = ExpertWeights(*(InputMajor(weight.swapaxes(1, 2)) for weight in weights))
+    run = jax.jit(lambda weights: apply_experts(x, route(logits, 2, "one"), weights, kind))
+    expected = run(weights)
+    np.testing.assert_allclose(run(turned), expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
 
 
 def test_every_choice_is_computed_once():

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax import numpy as jnp
 
 import moejax
 from moejax.cache_config import CacheConfig
@@ -13,6 +14,7 @@ from moejax.data.text import train_tokenizer
 from moejax.generation_config import GenerationSettings
 from moejax.model.prefill import read_chunk
 from moejax.model.transformer import Transformer, init_parameters, unstack_layers
+from moejax.ops.matmul import InputMajor, as_output_major
 from moejax.serving.decoding import choose_first, decode
 from moejax.serving.engine import Engine, round_up
 
@@ -236,6 +238,27 @@ def test_layers_are_unstacked_where_that_is_cheap():
     assert set(engine.variables["params"]) == set(unstack_layers(VARIABLES["params"], CONFIG))
     deep = Transformer(dataclasses.replace(CONFIG, num_layers=17))
     assert Engine(deep, VARIABLES).model is deep
+
+
+def test_weights_are_turned_where_that_is_cheap():
+    def is_turned(leaf):
+        return isinstance(leaf, InputMajor)
+
+    params = Engine(MODEL, VARIABLES).variables["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_turned)
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): is_turned(leaf) for path, leaf in leaves}
+    assert names == {name: name.endswith("/kernel") and "/router/" not in name for name in names}
+    assert sum(names.values()) > CONFIG.num_layers
+    jax.tree.map(np.testing.assert_array_equal, as_output_major(params), unstack_layers(VARIABLES["params"], CONFIG))
+    capacity = Transformer(dataclasses.replace(CONFIG, dispatch="capacity"))
+    assert not any(map(is_turned, jax.tree.leaves(Engine(capacity, VARIABLES).variables["params"], is_leaf=is_turned)))
+
+
+def test_a_turned_weight_of_another_model_is_refused_by_name():
+    engine = Engine(MODEL, VARIABLES)
+    engine.variables["params"]["layer_0"]["attention"]["query"]["kernel"] = InputMajor(jnp.zeros((3, 5)))
+    with pytest.raises(ValueError, match=r"layer_0/attention/query has the shape \(5, 3\)"):
+        engine.generate([[1, 2]], GenerationSettings(1))
 
 
 def test_sizes_are_rounded_up_to_few():
