@@ -18,6 +18,7 @@ from moejax.planning.program import Computation, Instruction, Program
 from moejax.planning.topology import Topology
 
 EXCHANGES = ("all-to-all", "ragged-all-to-all")
+BEGINNINGS = ("async-start", "call-start")  # of what another computation names; a call goes to the chip's SparseCores
 SLICE_AXIS = "data"  # of the mesh, the only one that runs across slices
 LONGEST_SEARCH = 64  # instructions
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
@@ -176,9 +177,9 @@ class _Walk:
         """The collective that an instruction is or begins, and whether the cores go on meanwhile."""
         kind, inner, where = kind_of(instruction.opcode), instruction, computation
         is_async = instruction.opcode.endswith("-start")
-        if kind is None and instruction.opcode in ("fusion", "async-start"):
+        if kind is None and instruction.opcode in ("fusion", *BEGINNINGS):
             part, end = _async_part(instruction)
-            begins = end == "start" or instruction.opcode == "async-start"
+            begins = end == "start" or instruction.opcode in BEGINNINGS
             if part is not None and not begins:
                 return None
             for called in self.program.called_by(instruction):

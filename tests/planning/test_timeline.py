@@ -256,6 +256,28 @@ def test_without_the_matmul_it_is_waited_for():
     assert found.collectives[0].hidden == 0
 
 
+def test_a_gather_that_sparse_cores_run_is_hidden_by_the_work_meanwhile():
+    gather = f"""
+%called (p: {SHARD}, q: token[]) -> {TOKENS} {{
+  %q = token[] parameter(1)
+  %p = {SHARD}{{1,0}} parameter(0)
+  ROOT %g = {TOKENS}{{1,0}} all-gather(%p), {X}, dimensions={{0}}, {FORWARD}
+}}, execution_thread="sparsecore"
+"""
+    begins = (
+        f"%w = {SHARD}{{1,0}} parameter(2)",
+        '%ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"',
+        f'%s = (({SHARD}, token[]), {TOKENS}) call-start(%w, %ready), async_execution_thread="sparsecore", to_apply=%called',
+    )
+    ends = f"%d = {TOKENS}{{1,0}} call-done(%s)"
+    found, waited = schedule(*begins, matmul("c"), ends, before=gather), schedule(*begins, ends, before=gather)
+    (one,) = found.collectives
+    assert (one.kind, one.bytes, one.is_async, one.direction) == ("all-gather", ROWS, True, "forward")
+    assert one.hidden == one.seconds == pytest.approx(GATHER)
+    assert found.seconds == pytest.approx(max(MATMUL, GATHER))
+    assert waited.seconds == waited.waiting_seconds == pytest.approx(GATHER)
+
+
 def test_a_sum_that_keeps_a_slice_is_a_scatter():
     found = schedule(f"%s = {SHARD}{{1,0}} fusion(%a), kind=kCustom, calls=%scatters", before=BODIES)
     (scatter,) = found.collectives
