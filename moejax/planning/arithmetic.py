@@ -13,7 +13,7 @@ from moejax.planning.program import ArrayShape, Computation, Instruction, Progra
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all copy-done slice-done all-gather-done all-reduce-done "
     "collective-permute-done all-to-all-done ragged-all-to-all-done async-update async-done "
-    "partition-id replica-id opt-barrier domain add-dependency".split()
+    "partition-id replica-id opt-barrier domain add-dependency custom-call-start".split()
 )
 # These copy between HBM and the cores' own memory beside everything else.
 PREFETCHES = frozenset(("copy-start", "slice-start"))

@@ -18,7 +18,8 @@ from moejax.planning.program import Computation, Instruction, Program
 from moejax.planning.topology import Topology
 
 EXCHANGES = ("all-to-all", "ragged-all-to-all")
-BEGINNINGS = ("async-start", "call-start")  # of what another computation names; a call goes to the chip's SparseCores
+# Of what another computation names. Calls go to the SparseCores; newer compilers load one with custom-call-start, and begin it with the update.
+BEGINNINGS = ("async-start", "call-start", "custom-call-update")
 SLICE_AXIS = "data"  # of the mesh, the only one that runs across slices
 LONGEST_SEARCH = 64  # instructions
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
@@ -182,7 +183,8 @@ class _Walk:
             begins = end == "start" or instruction.opcode in BEGINNINGS
             if part is not None and not begins:
                 return None
-            for called in self.program.called_by(instruction):
+            loaded = computation.by_name[instruction.operands[0]] if instruction.opcode == "custom-call-update" else instruction
+            for called in self.program.called_by(loaded):
                 for one in called.instructions:
                     if kind_of(one.opcode) is not None:
                         kind, inner, where, is_async = kind_of(one.opcode), one, called, begins

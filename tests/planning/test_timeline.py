@@ -256,21 +256,27 @@ def test_without_the_matmul_it_is_waited_for():
     assert found.collectives[0].hidden == 0
 
 
-def test_a_gather_that_sparse_cores_run_is_hidden_by_the_work_meanwhile():
-    gather = f"""
+OFFLOADED = f"""
 %called (p: {SHARD}, q: token[]) -> {TOKENS} {{
   %q = token[] parameter(1)
   %p = {SHARD}{{1,0}} parameter(0)
   ROOT %g = {TOKENS}{{1,0}} all-gather(%p), {X}, dimensions={{0}}, {FORWARD}
 }}, execution_thread="sparsecore"
 """
-    begins = (
-        f"%w = {SHARD}{{1,0}} parameter(2)",
-        '%ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"',
-        f'%s = (({SHARD}, token[]), {TOKENS}) call-start(%w, %ready), async_execution_thread="sparsecore", to_apply=%called',
-    )
-    ends = f"%d = {TOKENS}{{1,0}} call-done(%s)"
-    found, waited = schedule(*begins, matmul("c"), ends, before=gather), schedule(*begins, ends, before=gather)
+CALL = (
+    '%ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"',
+    f'%s = (({SHARD}, token[]), {TOKENS}) call-start(%w, %ready), async_execution_thread="sparsecore", to_apply=%called',
+)
+LOADED_CALL = (
+    '%l = ((), (), (s32[9])) custom-call-start(), async_execution_thread="sparsecore", called_computations={%called}',
+    f"%s = (({SHARD}), {TOKENS}, (s32[9])) custom-call-update(%l, %w), output_to_operand_aliasing={{{{2,0}}: (0, {{2,0}})}}",
+)
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(CALL, "call-done"), (LOADED_CALL, "custom-call-done")])
+def test_a_gather_that_sparse_cores_run_is_hidden_by_the_work_meanwhile(begins, ends):
+    begins, ends = (f"%w = {SHARD}{{1,0}} parameter(2)", *begins), f"%d = {TOKENS}{{1,0}} {ends}(%s)"
+    found, waited = schedule(*begins, matmul("c"), ends, before=OFFLOADED), schedule(*begins, ends, before=OFFLOADED)
     (one,) = found.collectives
     assert (one.kind, one.bytes, one.is_async, one.direction) == ("all-gather", ROWS, True, "forward")
     assert one.hidden == one.seconds == pytest.approx(GATHER)
