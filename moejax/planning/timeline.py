@@ -18,7 +18,7 @@ from moejax.planning.program import Computation, Instruction, Program
 from moejax.planning.topology import Topology
 
 EXCHANGES = ("all-to-all", "ragged-all-to-all")
-# Of what another computation names. Calls go to the SparseCores; newer compilers load one with custom-call-start, and begin it with the update.
+# Of what another computation names. Calls go to the SparseCores; newer compilers load one first (custom-call-start) and begin it later.
 BEGINNINGS = ("async-start", "call-start", "custom-call-update")
 SLICE_AXIS = "data"  # of the mesh, the only one that runs across slices
 LONGEST_SEARCH = 64  # instructions
