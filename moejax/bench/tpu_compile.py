@@ -51,7 +51,7 @@ PROGRAMS = {
 }
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-_INSTRUCTION = re.compile(r"= (?P<result>\(?[a-z0-9]+\[.*?) (?P<name>[a-z-]+)\(")
+_INSTRUCTION = re.compile(r"= (?P<result>\(*[a-z0-9]+\[.*?) (?P<name>[a-z-]+)\(")
 _SHAPE = re.compile(r"[a-z0-9]+\[([0-9,]*)\]")
 _HOST = re.compile(r"is_host_transfer=true|custom_call_target=\"[^\"]*(?:callback|MoveToHost|MoveToDevice)[^\"]*\"")
 _COPIED_WHOLE = re.compile(r"involuntary full rematerialization", re.IGNORECASE)

@@ -12,7 +12,7 @@ from moejax.sharding import make_mesh
 
 GOOD = """
   %gathered.1 = bf16[1,2,640,512]{3,2,1,0:T(8,128)(2,1)} all-gather(%weight), channel_id=1, dimensions={3}
-  %sent.1 = bf16[4,2,512,512]{3,2,1,0} all-to-all(%rows), channel_id=2, dimensions={0}
+  %sent.1 = ((bf16[4,2,512,512]{3,2,1,0}), bf16[4,2,512,512]{3,2,1,0}, u32[]) all-to-all-start(%rows), channel_id=2, dimensions={0}
   %start.1 = (f32[8]{0}, f32[16]{0}) all-gather-start(%norms), channel_id=3, dimensions={0}
   %done.1 = f32[16]{0} all-gather-done(%start.1)
   %kernel.1 = bf16[8,384,128]{2,1,0} custom-call(%q), metadata={op_name="splash_mha_fwd"}
