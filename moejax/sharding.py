@@ -52,8 +52,8 @@ def make_mesh(
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Where no dimensions of a torus have an axis's size between them, as 8 of 4 x 4 x 4, one is divided among two axes.
     if slices == 1:
-        # Where no dimensions of the torus have an axis's size between them, as 8 of 4 x 4 x 4, one is divided among two axes.
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(placed, MESH_AXES, axis_types=types)
     if sizes["data"] % slices:
@@ -62,7 +62,9 @@ def make_mesh(
             f"set --mesh.data {slices} or a multiple of it"
         )
     within = (sizes["data"] // slices, *shape[1:])
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, *(1,) * (len(shape) - 1)), devices), MESH_AXES, axis_types=types)
+    across = (slices, *(1,) * (len(shape) - 1))
+    placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def mesh_of(config: MeshConfig, model: ModelConfig | None = None) -> Mesh | None:

@@ -78,8 +78,8 @@ class TorusChip(Chip):
 
     platform, device_kind, core_on_chip = "tpu", "TPU v5p", 0
 
-    def __init__(self, number: int):
-        super().__init__(number, 0)
+    def __init__(self, number: int, slice_index: int = 0):
+        super().__init__(number, slice_index)
         self.coords = [number % 4, number // 4 % 4, number // 16]
 
 
@@ -88,6 +88,9 @@ def test_axes_that_no_dimensions_of_a_torus_fit_divide_one():
     mesh = moejax.make_mesh(expert=8, tensor=8, devices=[TorusChip(number) for number in range(64)])
     assert (mesh.shape["expert"], mesh.shape["tensor"]) == (8, 8)
     assert len({chip.id for chip in mesh.devices.flat}) == 64
+    slices = moejax.make_mesh(data=2, expert=8, tensor=8, devices=[TorusChip(number, part) for part in range(2) for number in range(64)])
+    assert [{chip.slice_index for chip in half.flat} for half in slices.devices] == [{0}, {1}]
+    assert len({(chip.slice_index, chip.id) for chip in slices.devices.flat}) == 128
 
 
 def test_the_rules_name_axes_of_the_mesh():
