@@ -76,12 +76,13 @@ def _tell_collectives(result: dict[str, Any]) -> list[str]:
 
 def tell_search(rows: list[dict[str, Any]], seconds: float, untried: int) -> list[str]:
     """The plans that a search made, quickest first; a star marks those that no other beats in both time and memory."""
+    meshes = [", ".join(f"{axis} {size}" for axis, size in row["mesh"].items()) for row in rows]
+    width = max(map(len, [*meshes, "mesh"])) + 2
     lines = [
-        f"{len(rows)} plans in {seconds:.0f} s, {untried} not tried; * no other is quicker in less memory",
-        f"  {'mesh':<34}{'remat':<7}{'parts':>6}{'step s':>9}{'MFU':>7}{'GiB':>8}{'hidden fwd':>12}{'bwd':>7}",
+        f"{len(rows)} plans within {seconds:.0f} s, {untried} not tried; * no other is quicker in less memory",
+        f"  {'mesh':<{width}}{'remat':<7}{'parts':>6}{'step s':>9}{'MFU':>7}{'GiB':>8}{'hidden fwd':>12}{'bwd':>7}",
     ]
-    for row in rows:
-        mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+    for row, mesh in zip(rows, meshes, strict=True):
         step = (
             f"{row['predicted_step_seconds']:>9.3f}{row['predicted_mfu']:>7.1%}" if row["predicted_step_seconds"] else f"{'-':>9}{'-':>7}"
         )
@@ -92,5 +93,5 @@ def tell_search(rows: list[dict[str, Any]], seconds: float, untried: int) -> lis
         memory = f"{row['bytes_per_device']['total'] / GIB:>8.1f}"
         mark = "*" if row["on_frontier"] else " "
         end = "" if row["fits"] else "  does not fit"
-        lines.append(f"{mark} {mesh:<34}{row['remat']:<7}{row['accumulation_steps']:>6}{step}{memory}{hidden}{end}")
+        lines.append(f"{mark} {mesh:<{width}}{row['remat']:<7}{row['accumulation_steps']:>6}{step}{memory}{hidden}{end}")
     return lines

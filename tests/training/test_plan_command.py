@@ -32,7 +32,7 @@ def test_a_search_takes_its_time_or_another(monkeypatch, capsys, words, seconds)
     monkeypatch.setattr(plan_command, "search", lambda config, topology, seconds, tell: (asked.append(seconds) or [], 7))
     train.main(["--plan", "local", *words, "configs/tiny.py", *FLAGS])
     assert asked == [seconds]
-    assert f"0 plans in {seconds:.0f} s, 7 not tried" in capsys.readouterr().out
+    assert f"0 plans within {seconds:.0f} s, 7 not tried" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fitting", [True, False])

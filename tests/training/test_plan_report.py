@@ -42,6 +42,6 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_no_times():
 def test_a_search():
     slow = copy.deepcopy(PLAN) | {"predicted_step_seconds": None, "predicted_mfu": None, "fits": False, "on_frontier": False}
     lines = tell_search([PLAN | {"on_frontier": True}, slow], 60.0, 3)
-    assert "2 plans in 60 s, 3 not tried" in lines[0]
+    assert "2 plans within 60 s, 3 not tried" in lines[0]
     assert lines[2].startswith("* expert 8") and "1.000" in lines[2] and "90%" in lines[2]
     assert lines[3].startswith("  expert 8") and lines[3].endswith("does not fit")
