@@ -5,7 +5,7 @@ of gradients; with these an exchange has a start and an end with matmuls between
 none; its compiler gathers beside the matmuls by itself). What they are worth in the compiler's schedules stands in docs/plans/README.md;
 none of them has been timed on a TPU by us. Where a run fails, `--train.compiler-options default` leaves XLA as it is. Left out: fusing
 all-gathers with matmuls (`xla_tpu_enable_async_collective_fusion_fuse_all_gather`), which hides as much; libtpu 0.0.42 warns that results
-may be wrong off v5e, libtpu 0.0.52 refuses it there.
+may be wrong off v5e, libtpu 0.0.50 and 0.0.52 refuse it there.
 
 GPU: likewise; NOT MEASURED on any GPU. XLA has had a defect of this kind (a backward pass corrupted by latency hiding): compare the first
 losses with those of `--train.compiler-options default`.
