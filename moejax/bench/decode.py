@@ -65,7 +65,7 @@ def run(arguments: Arguments) -> None:
     first = {batch: continue_prompts(engine, batch, arguments) for batch in arguments.batch_sizes}
     memory = peak_memory()  # before the ceilings take theirs
     ceilings = Ceilings(arguments.model.dtype)
-    rows = [measure_batch(engine, model, variables, batch, first[batch], ceilings, arguments) for batch in arguments.batch_sizes]
+    rows = [measure_batch(engine, batch, first[batch], ceilings, arguments) for batch in arguments.batch_sizes]
     sizes = {"prompt_length": arguments.prompt_length, "new_tokens": arguments.new_tokens}
     report("decode", {**memory, **sizes, **describe_shape(arguments.model, SHAPE_FIELDS), "rows": rows}, arguments, COLUMNS)
 
@@ -88,11 +88,9 @@ def make_prompts(config: ModelConfig, batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), dtype=np.int32)
 
 
-def measure_batch(
-    engine: Any, model: Any, variables: Any, batch: int, compiling: Continuation, ceilings: Ceilings, arguments: Arguments
-) -> dict[str, Any]:
+def measure_batch(engine: Any, batch: int, compiling: Continuation, ceilings: Ceilings, arguments: Arguments) -> dict[str, Any]:
     """A row of results: one batch size. `compiling` is the first call, which compiled."""
-    config, new = model.config, arguments.new_tokens
+    config, new = arguments.model, arguments.new_tokens
     calls: list[Continuation] = []
     functions = {"decode": lambda: calls.append(continue_prompts(engine, batch, arguments)), **ceilings.functions}
     reached = ceilings.results(time_calls(functions, arguments.repeats, warmup=1))
@@ -100,7 +98,7 @@ def measure_batch(
     step = summarise_seconds([(call.last - call.first) / (new - 1) for call in calls])
     whole = summarise_seconds([call.last for call in calls])
     prompts = make_prompts(config, batch, arguments.prompt_length)
-    touched = count_touched(model, variables, np.concatenate([prompts, calls[-1].tokens], axis=1), arguments.prompt_length)
+    touched = count_touched(engine.model, engine.variables, np.concatenate([prompts, calls[-1].tokens], axis=1), arguments.prompt_length)
     seen = arguments.prompt_length + new / 2  # of the steps' tokens, each seeing itself and all before: prompt + 1 to prompt + new - 1
     parts = count_decode_bytes(config, batch, seen, touched)
     rate = sum(parts.values()) / step.median

@@ -81,7 +81,7 @@ class Router(nn.Module):
     def __call__(self, x: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows E"], Float[Array, "E"] | None]:
         config, experts = self.config, self.config.num_experts
         shape = (experts, config.hidden_size)
-        kernel = self.param("kernel", _normal(config, (None, "embed")), shape, jnp.dtype(config.param_dtype))
+        kernel = _read_kernel(self, config, shape, (None, "embed"))
         bias = None
         if config.router_bias:
             zeros: Any = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,))

@@ -10,7 +10,7 @@ _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<rest>.
 _ARRAY = re.compile(r"(?P<type>[a-z]+[0-9]*(?:e[0-9]m[0-9a-z]+)?)\[(?P<sizes>[0-9,<=]*)\](?P<layout>\{[^}]*\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
+_CALLED_TOGETHER = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
@@ -54,7 +54,7 @@ class Instruction:
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """Names of the computations it calls."""
-        branches = _BRANCHES.search(self.attributes)
+        branches = _CALLED_TOGETHER.search(self.attributes)
         names = _OPERAND.findall(branches[1]) if branches else []
         return tuple(names) + tuple(_CALLED.findall(self.attributes))
 
